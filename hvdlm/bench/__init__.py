@@ -1,0 +1,1 @@
+"""``hvdlm bench``: what communication costs on the person's own cluster."""

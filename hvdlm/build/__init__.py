@@ -1,0 +1,1 @@
+"""Building a Horovod that works today."""

@@ -1,0 +1,212 @@
+"""What Horovod 0.28.1 needs to build and work today: named changes to its source, as data.
+
+A change of this table is a change of what gets built: raise :data:`LABEL` with it (a test holds the two together).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hvdlm.errors import BuildError
+
+__all__ = ["HOROVOD", "LABEL", "MENDS", "Edit", "Mend", "apply_mends", "digest", "select_mends"]
+
+HOROVOD = "0.28.1"
+LABEL = "hvdlm1"
+"""Local version label of a wheel built with this set of mends: ``0.28.1+hvdlm1``."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One replacement. ``find`` must occur exactly once in ``file``."""
+
+    file: str
+    find: str
+    replace: str
+
+
+@dataclass(frozen=True)
+class Mend:
+    """A named change and the reason for it."""
+
+    name: str
+    why: str
+    edits: tuple[Edit, ...]
+    needs: str = ""
+    """A condition of the build (``cpu`` or ``avx``) without which this is left out; empty for always."""
+
+
+MENDS = (
+    Mend(
+        "cxx17",
+        "the headers of torch 2.1 and later are C++17 (horovod/horovod#3996)",
+        (
+            Edit("CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 17)"),
+            Edit("horovod/torch/CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 17)"),
+        ),
+    ),
+    Mend(
+        "no-xla",
+        "TensorFlow's wheel lacks a header that the XLA operations include; they only serve compiled steps on GPUs",
+        (
+            Edit(
+                "horovod/tensorflow/CMakeLists.txt",
+                'list(APPEND TF_SOURCES "${PROJECT_SOURCE_DIR}/horovod/tensorflow/xla_mpi_ops.cc")\n',
+                "",
+            ),
+        ),
+    ),
+    Mend(
+        "no-cuda-probe",
+        "a CPU build must not depend on whether nvcc is installed, nor on the CUDA support of torch",
+        (
+            Edit(
+                "CMakeLists.txt",
+                "include(CheckLanguage)\ncheck_language(CUDA)\nif(NOT CMAKE_CUDA_COMPILER)\n",
+                'set(CMAKE_CUDA_COMPILER "")\nif(FALSE)\n',
+            ),
+            Edit("horovod/torch/CMakeLists.txt", "elseif (Pytorch_CUDA AND NOT HAVE_CUDA)", "elseif (FALSE)"),
+        ),
+        needs="cpu",
+    ),
+    Mend(
+        "gloo-avx",
+        "without USE_AVX Gloo sums half floats one by one, two to three times slower",
+        (
+            Edit(
+                "CMakeLists.txt",
+                "    add_subdirectory(third_party/gloo)\n",
+                "    set(USE_AVX ON)\n    add_subdirectory(third_party/gloo)\n",
+            ),
+        ),
+        needs="avx",
+    ),
+    Mend(
+        "gloo-interface",
+        "process sets used an interface that is never set, so the host's name was resolved, often to loopback",
+        (
+            Edit(
+                "horovod/common/gloo/gloo_context.cc",
+                'assuming single process execution";\n  }\n\n  attr device_attr;\n  device_attr.iface = gloo_iface_;\n'
+                "  device_attr.ai_family = AF_UNSPEC;\n  auto dev = CreateDevice(device_attr);\n\n"
+                "  global_ctx = global_context.ctx;\n",
+                'assuming single process execution";\n  }\n\n  attr device_attr;\n'
+                "  device_attr.iface = global_context.gloo_iface_;\n"
+                "  device_attr.ai_family = AF_UNSPEC;\n  auto dev = CreateDevice(device_attr);\n\n"
+                "  global_ctx = global_context.ctx;\n",
+            ),
+        ),
+    ),
+    Mend(
+        "sysconfig",
+        "Python 3.12 has no distutils",
+        (
+            Edit(
+                "horovod/torch/CMakeLists.txt",
+                "from distutils.sysconfig import get_python_inc; print(get_python_inc())",
+                "import sysconfig; print(sysconfig.get_paths()['include'])",
+            ),
+            Edit(
+                "horovod/runner/js_run.py",
+                "from distutils.spawn import find_executable\n",
+                "from shutil import which as find_executable\n",
+            ),
+        ),
+    ),
+    Mend(
+        "release",
+        "debug symbols double the time to build and are nine tenths of the wheel",
+        (Edit("setup.py", "else 'RelWithDebInfo'\n", "else 'Release'\n"),),
+    ),
+    Mend(
+        "cmake4",
+        "CMake 4 refuses what declares a minimum below 3.5",
+        (Edit("third_party/gloo/CMakeLists.txt", "VERSION 2.8.12 FATAL_ERROR", "VERSION 3.5 FATAL_ERROR"),),
+    ),
+    Mend(
+        "openmpi5",
+        "Open MPI 5 takes -bind-to for -b and its value for the program, so that plain horovodrun fails",
+        (
+            Edit(
+                "horovod/runner/mpi_run.py",
+                "return list(_OMPI_FLAGS), list(_NO_BINDING_ARGS), _OMPI_IMPL",
+                "return list(_OMPI_FLAGS), ['--bind-to none', '--map-by slot'], _OMPI_IMPL",
+            ),
+        ),
+    ),
+    Mend(
+        "relocatable",
+        "the libraries looked for MPI in the environment they were built in; a cached wheel goes into another one",
+        (
+            Edit(
+                "CMakeLists.txt",
+                "set(CMAKE_CXX_EXTENSIONS OFF)\n",
+                "set(CMAKE_CXX_EXTENSIONS OFF)\nset(CMAKE_BUILD_WITH_INSTALL_RPATH ON)\n"
+                'set(CMAKE_INSTALL_RPATH "$ENV{HOROVOD_RPATH}")\n',
+            ),
+        ),
+    ),
+    Mend(
+        "build-record",
+        "what it was built with and from goes into the wheel, for hvdlm doctor",
+        (
+            Edit(
+                "setup.py",
+                "packages=find_packages(),\n",
+                "packages=find_packages(),\n      package_data={'horovod': ['hvdlm_build.json']},\n",
+            ),
+        ),
+    ),
+)
+"""Every mend, in the order in which they are applied."""
+
+
+def select_mends(conditions: Collection[str]) -> tuple[Mend, ...]:
+    """The mends of a build.
+
+    Args:
+        conditions: Those that hold, of ``cpu`` (no GPU operations) and ``avx`` (the processor has AVX and F16C).
+    """
+    return tuple(mend for mend in MENDS if not mend.needs or mend.needs in conditions)
+
+
+def digest(mends: Iterable[Mend] = MENDS) -> str:
+    """A hash of all that these mends change."""
+    edits = [[mend.name, mend.needs, [asdict(edit) for edit in mend.edits]] for mend in mends]
+    return hashlib.sha256(json.dumps(edits, sort_keys=True).encode()).hexdigest()
+
+
+def apply_mends(source: Path, mends: Iterable[Mend]) -> None:
+    """Apply mends to an unpacked source tree.
+
+    Raises:
+        BuildError: The text a mend looks for does not occur exactly once; the mend is named and nothing is written.
+    """
+    texts: dict[Path, str] = {}
+    for mend in mends:
+        for edit in mend.edits:
+            path = source / edit.file
+            if path not in texts:
+                try:
+                    # Bytes, not read_text(): line ends stay as they are.
+                    texts[path] = path.read_bytes().decode()
+                except (OSError, UnicodeDecodeError) as error:
+                    raise BuildError(f"mend {mend.name!r} cannot read {edit.file}: {error}.", hint=_HINT) from None
+            count = texts[path].count(edit.find)
+            if count != 1:
+                found = "does not occur" if not count else f"occurs {count} times"
+                raise BuildError(
+                    f"mend {mend.name!r} no longer fits: in {edit.file}, the text it replaces {found} "
+                    f"(it must occur once):\n{edit.find.strip()}",
+                    hint=_HINT,
+                )
+            texts[path] = texts[path].replace(edit.find, edit.replace)
+    for path, text in texts.items():
+        path.write_bytes(text.encode())
+
+
+_HINT = f"the source is not Horovod {HOROVOD} as released; try again with: hvdlm build-horovod --force"

@@ -1,0 +1,142 @@
+"""Trains with every codec, then with gradients at the ends of what floats hold; rank 0 writes what came out.
+
+``python codec_script.py RESULT`` under a launcher.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hvdlm.adapters.torch_adapter import TorchAdapter
+from hvdlm.adapters.torch_backward import BackwardWatch
+from hvdlm.adapters.torch_coded import bucket_maker
+from hvdlm.adapters.torch_reducer import Reducer
+from hvdlm.adapters.torch_wire import TorchWire
+from hvdlm.algorithms.codecs import CODECS
+from hvdlm.plan import Share
+
+Parameters = dict[str, torch.nn.Parameter]
+BIG = 50 * 2**20  # 200 MB of float32
+
+
+def same_everywhere(wire: TorchWire, tensors: list[torch.Tensor]) -> bool:
+    payload = b"".join(t.detach().contiguous().view(torch.uint8).numpy().tobytes() for t in tensors)
+    return len(set(wire.allgather(payload))) == 1
+
+
+class Training:
+    """One model whose gradients travel under one codec."""
+
+    def __init__(
+        self, wire: TorchWire, codec: str, parameters: dict[str, torch.nn.Parameter], number: list[int]
+    ) -> None:
+        self.watch = BackwardWatch()
+        number[0] += 1
+        self.reducer = Reducer(
+            [list(parameters.items())],
+            sparse=frozenset(),
+            wire=wire,
+            watch=self.watch,
+            size=wire.size,
+            mean=True,
+            make_bucket=bucket_maker(codec, wire, ratio=0.1),
+            bucket_cap_bytes=2**18,
+            name=f"{codec}.{number[0]}",
+        )
+        self.parameters = list(parameters.values())
+        self.watch.install()
+
+    def end(self) -> None:
+        self.watch.remove()
+        self.reducer.remove()
+
+    def backward(self, gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        for p in self.parameters:
+            p.grad = None
+        pairs = [(p, g) for p, g in zip(self.parameters, gradients, strict=True) if g is not None]
+        loss = sum((p * g).sum() for p, g in pairs)
+        loss.backward()  # type: ignore[union-attr]
+        return [p.grad for p in self.parameters]
+
+
+def converges(wire: TorchWire, codec: str, number: list[int]) -> dict[str, Any]:
+    """Least squares with uneven shares: how far from the solution, and whether replicas are equal."""
+    torch.manual_seed(0)
+    x, truth = torch.randn(960, 96), torch.randn(96, 64)
+    y = x @ truth
+    weight = torch.nn.Parameter(torch.zeros(96, 64))
+    bias = torch.nn.Parameter(torch.zeros(64))
+    training = Training(wire, codec, {"weight": weight, "bias": bias}, number)
+    cuts = [0, 160, 960] if wire.size == 2 else [0, 160, 560, 960]
+    own = slice(cuts[wire.rank], cuts[wire.rank + 1])
+    training.reducer.share = Share(ids=None, count=own.stop - own.start, total=960)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD([weight, bias], lr=0.1)
+    for _ in range(200):
+        optimizer.zero_grad()
+        ((x[own] @ weight + bias - y[own]) ** 2).sum(1).mean().div(2).backward()
+        optimizer.step()
+    training.end()
+    return {
+        "distance": float((weight - truth).detach().norm() / truth.norm()),
+        "same": same_everywhere(wire, [weight, bias]),
+    }
+
+
+def extremes(wire: TorchWire, codec: str, number: list[int]) -> dict[str, Any]:
+    shapes = [(1,), (130, 70), (7,), (33, 5, 3)]
+    found: dict[str, Any] = {}
+    for dtype in (torch.float32, torch.float64):
+        parameters = {str(i): torch.nn.Parameter(torch.zeros(s, dtype=dtype)) for i, s in enumerate(shapes)}
+        training = Training(wire, codec, parameters, number)
+        for scale in (1e-30, 1e30, 0.0, 1.0):
+            own = [torch.ones(s, dtype=dtype) * scale for s in shapes]
+            got = [training.backward([g.clone() for g in own]) for _ in range(3)][-1]
+            assert all(g is not None and bool(torch.isfinite(g).all()) for g in got), (dtype, scale)
+            assert same_everywhere(wire, [g for g in got if g is not None])
+        bad = [torch.ones(s, dtype=dtype) for s in shapes]
+        if wire.rank == wire.size - 1:
+            bad[1][5, 5] = math.nan
+        got = training.backward(bad)
+        assert got[1] is not None and not bool(torch.isfinite(got[1]).all()), "a NaN of one rank"
+        got = training.backward([torch.ones(s, dtype=dtype) for s in shapes])
+        found[str(dtype)] = all(g is not None and bool(torch.isfinite(g).all()) for g in got)
+        training.end()
+    return found
+
+
+def sizes(wire: TorchWire, codec: str, number: list[int]) -> dict[str, Any]:
+    many = {str(i): torch.nn.Parameter(torch.zeros(1 + i % 3)) for i in range(10_000)}
+    training = Training(wire, codec, many, number)
+    got = training.backward([torch.ones(1 + i % 3) for i in range(10_000)])
+    tiny = all(g is not None for g in got)
+    training.end()
+    large = {"large": torch.nn.Parameter(torch.zeros(BIG // 1024, 1024))}
+    training = Training(wire, codec, large, number)
+    (one,) = training.backward([torch.full((BIG // 1024, 1024), 0.5)])
+    training.end()
+    return {"tiny": tiny, "large": one is not None and 0.0 < float(one.sum()) <= BIG * 0.6}
+
+
+def main() -> None:
+    adapter = TorchAdapter()
+    adapter.start(launched=True)
+    wire = adapter._wire
+    assert wire is not None
+    number = [0]
+    result: dict[str, Any] = {}
+    for codec in CODECS:
+        result[codec] = {**converges(wire, codec, number), **extremes(wire, codec, number)}
+        if "--sizes" in sys.argv:
+            result[codec].update(sizes(wire, codec, number))
+    if wire.rank == 0:
+        Path(sys.argv[1]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

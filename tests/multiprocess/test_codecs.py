@@ -1,0 +1,48 @@
+"""Every codec over real collectives: training converges, replicas stay equal, the ends of the scale pass."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hvdlm.algorithms.codecs import CODECS
+from tests.multiprocess import codec_script
+from tests.multiprocess.workers import run_workers
+
+pytestmark = pytest.mark.timeout(600)
+
+JOBS = {"gloo3": (3, "gloo", []), "mpi2": (2, "mpi", ["--sizes"])}
+DISTANCE = {"none": 1e-3, "fp16": 5e-3, "bf16": 2e-2, "int8": 1e-2, "powersgd": 5e-2, "topk": 5e-2}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    found = {}
+    for job, (workers, controller, flags) in JOBS.items():
+        directory = tmp_path_factory.mktemp(job)
+        result = directory / "result.json"
+        script = str(Path(codec_script.__file__))
+        done = run_workers([script, str(result), *flags], workers, controller=controller, cwd=directory, timeout=280)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[job] = json.loads(result.read_text())
+    return found
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("job", JOBS)
+def test_training_converges_and_replicas_are_equal(results: dict[str, Any], job: str, codec: str) -> None:
+    found = results[job][codec]
+    assert found["distance"] < DISTANCE[codec]
+    assert found["same"]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("job", JOBS)
+def test_extremes_pass(results: dict[str, Any], job: str, codec: str) -> None:
+    found = results[job][codec]
+    assert found["torch.float32"] and found["torch.float64"]
+    if "--sizes" in JOBS[job][2]:
+        assert found["tiny"] and found["large"]

@@ -1,0 +1,169 @@
+"""Codecs on TensorFlow tensors, against the reference arithmetic. Workers are threads here, each step eager."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from hvdlm.adapters.fake import FakeJob, ThreadCollectives
+from hvdlm.adapters.keras_codecs import Coder, decode, encode
+from hvdlm.adapters.keras_reducer import Reducer
+from hvdlm.algorithms import codecs
+from hvdlm.algorithms.codecs import CODECS, exchange_sum, redistribute, topk_sum
+from hvdlm.algorithms.hashing import derive_seed
+from hvdlm.algorithms.powersgd import powersgd_sum, start
+from hvdlm.options import Options
+
+SHAPES = [(96, 64), (7,), (), (5, 2, 64)]
+LENGTH = sum(int(np.prod(shape)) for shape in SHAPES)
+BLOCKS = ["fp16", "bf16", "int8"]
+
+
+class ThreadWire:
+    sums_halves = False
+
+    def __init__(self, collectives: ThreadCollectives) -> None:
+        self._job, self.rank, self.size = collectives.job, collectives.rank, collectives.job.size
+
+    def sum(self, tensor: Any, name: str) -> Any:
+        return tf.constant(np.sum(self._job.exchange(self.rank, tensor.numpy()), axis=0))
+
+    def exchange(self, tensor: Any, name: str) -> Any:
+        return tf.constant(np.stack([rows[self.rank] for rows in self._job.exchange(self.rank, tensor.numpy())]))
+
+    def gather(self, tensor: Any, name: str) -> Any:
+        return tf.constant(np.concatenate(self._job.exchange(self.rank, tensor.numpy())))
+
+
+def random(seed: int, dtype: Any, scale: float = 1.0) -> Any:
+    return (np.random.default_rng(seed).standard_normal(LENGTH) * scale).astype(dtype)
+
+
+def run(codec: str, size: int, own: Any, state: Any = None) -> Any:
+    """``own[t][rank]``: per rank the sums of all steps, and the residuals."""
+
+    def work(collectives: ThreadCollectives) -> Any:
+        wire: Any = ThreadWire(collectives)
+        dtype = tf.as_dtype(own[0][0].dtype)
+        coder = Coder(wire, "c", codec=codec, rank=4, ratio=0.1, shapes=SHAPES, dtype=dtype)
+        if state is not None:
+            coder.load_residuals(state[wire.rank])
+        sums = [coder.sum(tf.constant(step[wire.rank])).numpy() for step in own]
+        return sums, coder.residuals()
+
+    return FakeJob(size).run(work)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_codes_are_those_of_the_reference(name: str, dtype: Any) -> None:
+    codec = CODECS[name]
+    for scale in (1.0, 1e30, 1e-30, 0.0):
+        values = (np.random.default_rng(0).standard_normal(2 * codec.block) * scale).astype(dtype)
+        values[5] = np.inf if scale == 1.0 else values[5]
+        scales, codes = encode(codec, tf.constant(values))
+        wanted, wanted_codes = codecs.encode(codec, values)
+        if scale:  # zeros are zeros under any scale
+            np.testing.assert_array_equal(scales.numpy(), wanted)
+        exact = codecs.decode(codec, wanted, wanted_codes)
+        found = decode(codec, scales, codes).numpy()
+        np.testing.assert_array_equal(np.isfinite(found), np.isfinite(exact))
+        finite = np.isfinite(exact)
+        # TensorFlow rounds float64 to float32 first: now and then to the neighbouring code.
+        assert (found[finite] != exact[finite]).mean() <= (2e-3 if dtype == np.float64 else 0)
+        np.testing.assert_allclose(found[finite], exact[finite], rtol=8e-3)
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(1, np.float32), (2, np.float64), (3, np.float32)])
+@pytest.mark.parametrize("name", [*BLOCKS, "topk", "powersgd"])
+def test_sums_are_those_of_the_reference(name: str, size: int, dtype: Any) -> None:
+    codec = CODECS[name]
+    own = [[random(9 * t + r, dtype) for r in range(size)] for t in range(3)]
+    found = run(name, size, own)
+    step = size * codec.block if codec.block else 1
+    padded = -(-LENGTH // step) * step
+    residuals = [np.zeros(padded, dtype) for _ in range(size)]
+    owner = [np.zeros(padded // size, dtype) for _ in range(size)]
+    q = {i: start(derive_seed("powersgd", "c", i), c, 4).astype(dtype) for i, c in ((0, 64),)}
+    for t, gradients in enumerate(own):
+        if name == "topk":
+            wanted = topk_sum(gradients, residuals, 0.1)
+        elif name == "powersgd":
+            wanted = np.sum(gradients, axis=0)
+            cut = 96 * 64
+            matrices = [g[:cut].reshape(96, 64) for g in gradients]
+            total, q[0] = powersgd_sum(matrices, [r[:cut].reshape(96, 64) for r in residuals], q[0])
+            wanted[:cut] = total.reshape(-1)
+        else:
+            fill = [np.pad(g, (0, padded - LENGTH)) for g in gradients]
+            wanted = exchange_sum(codec, fill, residuals, owner)[:LENGTH]
+        for sums, _ in found:
+            np.testing.assert_array_equal(sums[t], found[0][0][t], err_msg="ranks differ")
+            off = np.abs(sums[t] - wanted) > 1e-3 * np.abs(wanted).max()
+            # A sum in another order may round to the neighbouring code, or take another of two equals.
+            assert off.mean() < 2e-3
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", [*BLOCKS, "topk", "powersgd"])
+def test_a_nan_on_one_rank_is_seen_by_all_and_passes(name: str, bad: float) -> None:
+    own = [[random(3 * t + r, np.float32) for r in range(2)] for t in range(3)]
+    own[1][1][10] = bad
+    for sums, residuals in run(name, 2, own):
+        assert not np.isfinite(sums[1]).all()
+        assert np.isfinite(sums[2]).all()
+        assert all(np.isfinite(part).all() for part in residuals)
+
+
+@pytest.mark.parametrize("name", ["int8", "topk", "powersgd"])
+def test_residuals_go_over_to_another_number_of_workers(name: str) -> None:
+    own = [[random(r, np.float64) for r in range(3)]]
+    before = run(name, 3, own)
+    states = [{str(i): part for i, part in enumerate(residuals)} for _, residuals in before]
+    moved = [redistribute(states, rank, 2) for rank in range(2)]
+    state = [[part[str(i)] for i in range(len(SHAPES))] for part in moved]
+    zero = [[np.zeros(LENGTH)] * 2]
+    after = run(name, 2, zero, state)
+    left = np.sum([np.concatenate([part.reshape(-1) for part in residuals]) for _, residuals in after], axis=0)
+    np.testing.assert_allclose(before[0][0][0] + after[0][0][0] + left, np.sum(own[0], axis=0), atol=1e-9)
+
+
+@pytest.mark.parametrize("cap", [1e9, 300])
+def test_pruned_gradients_are_not_sent(cap: float) -> None:
+    sent: list[int] = []
+
+    class Measuring(ThreadWire):
+        def sum(self, tensor: Any, name: str) -> Any:
+            sent.append(int(tf.size(tensor)))
+            return super().sum(tensor, name)
+
+        def timed(self, tensors: Any, work: Any) -> Any:
+            return work()
+
+    mask = np.random.default_rng(3).random(SHAPES[0]) < 0.2
+
+    def work(collectives: ThreadCollectives) -> Any:
+        variables = [tf.Variable(tf.zeros(shape, tf.float64)) for shape in SHAPES]
+        reducer = Reducer(
+            types.SimpleNamespace(gradient_accumulation_steps=None),
+            wire=Measuring(collectives),  # type: ignore[arg-type]
+            weight=tf.Variable(0.5, dtype=tf.float64),
+            options=Options(),
+            bucket_cap_bytes=cap,
+            name="pruned",
+        )
+        reducer.masks = {id(variables[0]): tf.Variable(mask)}
+        grads = np.split(random(collectives.rank, np.float64), np.cumsum([v.shape.num_elements() for v in variables]))
+        own = [tf.constant(g.reshape(v.shape)) for g, v in zip(grads, variables, strict=False)]
+        return own, reducer.reduce(own, variables)
+
+    (first, total), (second, other) = FakeJob(2).run(work)
+    for i, (a, b, found, same) in enumerate(zip(first, second, total, other, strict=True)):
+        exact = (a.numpy() + b.numpy()) / 2 * (mask if i == 0 else 1)
+        np.testing.assert_allclose(found.numpy(), exact, atol=1e-12)
+        np.testing.assert_array_equal(found.numpy(), same.numpy())
+    assert sum(sent) == 2 * (LENGTH - mask.size + mask.sum())
