@@ -24,8 +24,14 @@ def agree_on(collectives: Collectives, *values: float) -> list[float]:
     return [float(value) for value in collectives.allreduce(np.array(values, dtype=np.float64), "max")]
 
 
-def measure_link(collectives: Collectives, workers: int) -> Link:
-    """Latency of a small sum and bandwidth of a large one. Takes some 20 ms, or a second at 10 Mbit."""
+def measure_link(collectives: Collectives, workers: int, within_host: bool = False) -> Link:
+    """Latency of a small sum and bandwidth of a large one. Takes some 20 ms, or a second at 10 Mbit.
+
+    Args:
+        collectives: Between all workers.
+        workers: How many there are.
+        within_host: Whether all of them are on one host.
+    """
     small = np.ones(2, dtype=np.float32)
     times = [_timed(collectives, small) for _ in range(_SMALL_REPEATS)]
     (latency,) = agree_on(collectives, float(np.min(times)))
@@ -40,7 +46,7 @@ def measure_link(collectives: Collectives, workers: int) -> Link:
         bandwidth = travelled / max(seconds - latency, seconds / 2)
         if seconds > _ENOUGH_SECONDS:
             break
-    return Link(latency, bandwidth)
+    return Link(latency, bandwidth, within_host)
 
 
 def _timed(collectives: Collectives, probe: npt.NDArray[np.float32]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -84,6 +85,7 @@ class Planner:
         watch: Tells when backward starts and ends.
         tell: Called with what was chosen and why; see :meth:`hvdlm.contracts.Recorder.event`.
         part: Lets workers train on their own from now on, on all ranks alike; None where that is not to be chosen.
+        within_host: Whether all workers are on one host.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Planner:
         watch: BackwardWatch,
         tell: Callable[..., object] = lambda *_, **__: None,
         part: Callable[[], None] | None = None,
+        within_host: bool = False,
     ) -> None:
         self._part = None if options.exact else part
         self._reducer, self._wire, self._options, self._tell = reducer, wire, options, tell
@@ -104,7 +107,10 @@ class Planner:
         self._numel = sum(p.numel() for p in parameters)
         shapes = [(p.numel(), matrix_shape(p.shape, options.powersgd_rank)) for p in parameters]
         self._thin = sum(n if s is None else options.powersgd_rank * sum(s) for n, s in shapes)
-        self._link = measure_link(wire, wire.size)
+        self._within_host = within_host
+        self._link = measure_link(wire, wire.size, within_host)
+        own = math.inf if any(p.device.type != "cpu" for p in parameters) else torch.get_num_threads()
+        self._processors = -agree_on(wire, -own)[0]  # of the worker that has fewest
         # What a codec costs matters where there is another one to take.
         costs = codec_costs(wire, self._codecs, options) if len(self._codecs) > 1 else {}
         self._costs = dict(zip(costs, agree_on(wire, *costs.values()), strict=True)) if costs else {}
@@ -154,7 +160,7 @@ class Planner:
 
     def _replan(self, measured: bool) -> None:
         if not measured:
-            self._link = measure_link(self._wire, self._wire.size)
+            self._link = measure_link(self._wire, self._wire.size, self._within_host)
         self._decide(*agree_on(self._wire, _median(self._computes), _median(self._backwards)))
         self._clear()
 
@@ -165,7 +171,15 @@ class Planner:
 
     def _decide(self, compute: float, backward: float) -> None:
         compute = min(compute, _STEP_OF_BACKWARDS * backward)
-        load = Load(self._numel, self._thin, self._options.topk_ratio, self._wire.size, compute, backward)
+        load = Load(
+            self._numel,
+            self._thin,
+            self._options.topk_ratio,
+            self._wire.size,
+            compute,
+            backward,
+            processors=self._processors,
+        )
         costs = {codec: cost * self._numel for codec, cost in self._costs.items()}
         fixed = int(self._options.bucket_cap_mb * 2**20)
         choice = choose(self._codecs, load, self._link, costs, **({"caps": (fixed,)} if fixed else {}))

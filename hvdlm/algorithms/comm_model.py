@@ -18,7 +18,7 @@ ORDER = ("none", "fp16", "bf16", "int8", "powersgd", "topk")
 STAGES = {"none": 1, "fp16": 2, "bf16": 2, "int8": 2, "powersgd": 2, "topk": 1}
 """Collectives of a bucket, one after the other."""
 MEMORY_SPEED = 1e9
-"""Bytes a second at which moving them takes the processor all of its time: nothing then hides behind backward."""
+"""Bytes a second at which moving them takes a processor all of its time."""
 PARTING = 0.25
 """Workers train on their own only if a step would else take longer by more than this: it is another training."""
 WORTH = 0.05
@@ -33,6 +33,8 @@ class Link:
     """Seconds of a collective of a few bytes."""
     bandwidth: float
     """Bytes a second that a worker sends in a collective."""
+    within_host: bool = False
+    """Whether all workers are on one host: processors move every byte, and nobody waits for a wire."""
 
     def __str__(self) -> str:
         """As in reports."""
@@ -54,6 +56,8 @@ class Load:
     backward: float
     """Seconds of backward, which communication can hide behind."""
     itemsize: int = 4
+    processors: float = 1.0
+    """On which a worker computes; infinity where accelerators do. Communication takes one of them while it copies."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,8 @@ def step_overhead(codec: str, load: Load, link: Link, cost: float, cap_bytes: fl
     buckets = max(1, -(-load.num_elements * load.itemsize // int(cap_bytes)))
     travelling = buckets * STAGES[codec] * link.latency + sent_bytes(codec, load) / link.bandwidth
     # What a fast link moves, a processor copies and adds up; only waiting for a slow one costs nothing.
-    idle = max(0.0, 1 - link.bandwidth / MEMORY_SPEED)
+    busy = 1.0 if link.within_host else min(1.0, link.bandwidth / MEMORY_SPEED)
+    idle = 1 - busy / load.processors
     hidden = idle * load.backward * (buckets - 1) / buckets
     return cost + max(travelling / buckets, travelling - hidden, (1 - idle) * travelling)
 

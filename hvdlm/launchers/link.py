@@ -281,8 +281,9 @@ class _RemoteChannel:
         self.host = link.host
         self.is_open = True
 
-    def send(self, message: bytes) -> None:
+    def send(self, message: bytes) -> bool:
         self._link.send_channel(self._number, message)
+        return self._link.is_open
 
     def give_stdin(self) -> None:
         self.send(wire.encode(wire.STDIN))  # without: what is piped into this process is not carried to other hosts

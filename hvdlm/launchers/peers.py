@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from hvdlm import wire
 from hvdlm.launchers.failure import Record
 
-__all__ = ["Channel", "Peers"]
+__all__ = ["Channel", "LocalChannel", "Peers"]
 
 
 class Channel(Protocol):
@@ -32,8 +32,8 @@ class Channel(Protocol):
         """Whether it can still be spoken to."""
         ...
 
-    def send(self, message: bytes) -> None:
-        """Send a message; a supervisor that is gone is noticed otherwise."""
+    def send(self, message: bytes) -> bool:
+        """Send a message; returns whether it may arrive. A supervisor that is gone is noticed otherwise."""
         ...
 
     def give_stdin(self) -> None:
@@ -64,6 +64,8 @@ class _Peer:
     worker: int = -1
     pid: int | None = None
     record: Record | None = None
+    ordered: bool = False
+    """Whether it was told to end its program while it was there."""
 
 
 class Peers:
@@ -177,7 +179,7 @@ class Peers:
             connection, _ = self._listener.accept()
         except BlockingIOError:
             return
-        channel = _LocalChannel(connection)
+        channel = LocalChannel(connection)
         if self._environment is not None:
             channel.send(self._environment)
         hear = self.adopt(channel)
@@ -230,18 +232,18 @@ class Peers:
             traceback=None,
             tail=why or "",
             secondary=False,
-            asked=None if self._order is None else int(signal.SIGTERM),
+            asked=int(signal.SIGTERM) if peer.ordered else None,
             traceback_before_asked=False,
         )
         self._on_ended(peer.worker, peer.record)
 
     @staticmethod
     def _send(peer: _Peer, kind: bytes) -> None:
-        if peer.record is None and peer.channel.is_open:
-            peer.channel.send(wire.encode(kind))
+        if peer.record is None and peer.channel.is_open and peer.channel.send(wire.encode(kind)):
+            peer.ordered = True
 
 
-class _LocalChannel:
+class LocalChannel:
     """A supervisor on this host."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -252,11 +254,14 @@ class _LocalChannel:
     def is_open(self) -> bool:
         return self._connection.fileno() >= 0
 
-    def send(self, message: bytes) -> None:
+    def send(self, message: bytes) -> bool:
         # A supervisor reads at once; the environment is the one message that is longer than the socket's buffer.
         flags = socket.MSG_DONTWAIT if len(message) <= wire.HEADER_BYTES else 0
-        with contextlib.suppress(OSError):
+        try:
             self._connection.sendall(message, flags)
+        except OSError:
+            return False
+        return True
 
     def give_stdin(self) -> None:
         """Rank 0 may read what is piped in. A terminal stays with us: Ctrl-C is ours to pass on."""

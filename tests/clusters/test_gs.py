@@ -102,7 +102,7 @@ def test_two_workers_read_a_bucket(storage: str, tmp_path: Path) -> None:
 
 
 RESUMED = """
-    import os, sys, torch, hvdlm
+    import os, sys, time, fsspec, torch, hvdlm
     torch.manual_seed(0)
     net = torch.nn.Linear(1, 1)
     loader = torch.utils.data.DataLoader(torch.arange(24.0)[:, None], 4, shuffle=True)
@@ -110,6 +110,9 @@ RESUMED = """
     for epoch in hvdlm.epochs(2):
         for step, x in enumerate(loader):
             if (epoch, step) == (1, 3) and "dies" in sys.argv:
+                store, deadline = fsspec.filesystem("gs", use_listings_cache=False), time.monotonic() + 30
+                while not store.glob("models/one/*/manifest.json") and time.monotonic() < deadline:
+                    time.sleep(0.1)  # they are written beside the training, which is short
                 os.kill(os.getpid(), 9)
             optimizer.zero_grad()
             net(x).mean().backward()

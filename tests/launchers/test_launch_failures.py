@@ -128,14 +128,34 @@ def test_killed_supervisor(jobs, controller):
     script = jobs.script("import time\nprint('up')\ntime.sleep(100)\n")
     process = jobs.start("-np", "2", controller, "--run-dir", "run", script)
     jobs.wait_until(lambda: sum("script.py" in c and "hvdlm.worker" not in c for c in workers(jobs).values()) == 2)
-    supervisor = next(pid for pid, command in jobs.left().items() if is_supervisor(command))
+    program = next(pid for pid, c in workers(jobs).items() if "script.py" in c)
     killed_at = time.time()
 
-    os.kill(supervisor, 9)
+    os.kill(parent_of(program), 9)
     result = jobs.finish(process, 20)
     assert result.code == 137
     assert result.ended - killed_at < SECONDS_TO_END
     assert not jobs.left()
+
+
+def test_killed_starter_of_a_supervisor(jobs):
+    """What mpirun has started waits for the supervisor: a job that loses it ends too, and leaves nothing."""
+    script = jobs.script("import time\nprint('up')\ntime.sleep(100)\n")
+    process = jobs.start("-np", "2", "--mpi", "--run-dir", "run", script)
+    jobs.wait_until(lambda: sum("script.py" in c and "hvdlm.worker" not in c for c in workers(jobs).values()) == 2)
+    program = next(pid for pid, c in workers(jobs).items() if "script.py" in c)
+    starter = parent_of(parent_of(program))
+    assert is_supervisor(jobs.left()[starter])
+    killed_at = time.time()
+    os.kill(starter, 9)
+    result = jobs.finish(process, 20)
+    assert result.code in (137, 143)
+    assert result.ended - killed_at < SECONDS_TO_END
+    assert not jobs.left()
+
+
+def parent_of(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def is_supervisor(command):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from hvdlm.adapters.fake import FakeJob, ThreadCollectives
@@ -38,6 +40,16 @@ def test_the_choice_is_within_its_limit_of_the_best() -> None:
 def test_buckets_are_small_where_they_hide_and_large_where_each_costs() -> None:
     assert choose(["none"], GPT, Link(0.0002, 1000 * MBIT), COSTS).cap_bytes <= 4 * 2**20
     assert choose(["none"], GPT, Link(0.05, 1e6 * MBIT), COSTS).cap_bytes == max(CAPS_BYTES)
+
+
+def test_what_processors_move_hides_only_behind_others() -> None:
+    """On one host a bucket that travels takes a processor from computing: there is nothing to gain from several."""
+    link = Link(0.0002, 500e6, within_host=True)
+    assert choose(["none"], GPT, link, COSTS).cap_bytes == max(CAPS_BYTES)
+    many = dataclasses.replace(GPT, processors=16)
+    assert choose(["none"], many, link, COSTS).cap_bytes < max(CAPS_BYTES)
+    assert step_overhead("none", GPT, link, 0.0, 2**20) >= sent_bytes("none", GPT) / link.bandwidth
+    assert step_overhead("none", many, link, 0.0, 2**20) < sent_bytes("none", GPT) / link.bandwidth / 2
 
 
 def test_bytes() -> None:

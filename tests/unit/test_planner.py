@@ -95,6 +95,17 @@ def test_a_fast_link_gets_whole_gradients(monkeypatch: pytest.MonkeyPatch) -> No
     assert run.codec == "none"
 
 
+def test_on_one_host_nothing_is_split_that_would_not_hide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    run = Run(monkeypatch, [Link(0.0002, 500e6, within_host=True)])
+    run.steps(4, 0.02)
+    assert run.made[-1][1] == 32 * 2**20
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    run = Run(monkeypatch, [Link(0.0002, 500e6, within_host=True)])
+    run.steps(4, 0.02)
+    assert run.made[-1][1] < 32 * 2**20
+
+
 def test_exact_leaves_nothing_to_choose_but_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Run(monkeypatch, [SLOW], compression="auto", exact=True).codec == "none"
     run = Run(monkeypatch, [SLOW], compression="int8", bucket_cap_mb=3.0)
