@@ -8,22 +8,17 @@ collective, which parameters nobody used: their ``.grad`` stays as it was, as in
 from __future__ import annotations
 
 import collections
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from hvdlm.adapters.torch_half import decode, encode, exponent_of
+
 __all__ = ["Bucket", "Slot", "Wire", "arrivals", "layout", "numel", "slice_of"]
 
 _ALIGN_BYTES = 64
-_FP16_TARGET_EXP = 12
-"""The scaled absolute maximum is brought to 2**12: 16 times under the fp16 limit, 2**36 above its smallest number."""
-_FP16_MAX_DROP_EXP = 20
-"""A maximum that fell by more than 2**20 in one step is at the bottom of the fp16 range, where it has few bits left."""
-_ZERO_EXP = 126
-"""The exponent after a sum of zeros, the largest that float32 can scale by: whatever comes next is found out."""
 
 
 class Wire(Protocol):
@@ -74,6 +69,8 @@ class Slot:
 
     parameter: torch.nn.Parameter
     offset: int
+    number: int
+    """Its place among the bucket's members."""
     weight: float | None = None
     """What this backward's gradient was weighted with; None until there is one."""
 
@@ -110,16 +107,17 @@ class Bucket:
         self._slots: dict[int, Slot] = {}
         step = max(1, align_bytes // dtype.itemsize)
         offset = 0
-        for p in members:
-            self._slots[id(p)] = Slot(p, offset)
+        for number, p in enumerate(members):
+            self._slots[id(p)] = Slot(p, offset, number)
             offset += -(-numel(p) // step) * step
         self._flags_at = offset
         self._length = -(-(offset + len(members)) // multiple) * multiple
         self._unfilled = len(members)
         self._handle: Any = None
         self._flat = torch.zeros(self._length, dtype=dtype, device=device)
-        self._views = self._make_views()
+        self._views = self._views_of(self._flat)
         self._half = torch.zeros(self._length, dtype=torch.float16, device=device) if compress else None
+        self._half_views = [] if self._half is None else self._views_of(self._half)
         self._exponent: int | None = None
         self._sent_half = False
         self._all_used = False
@@ -149,13 +147,12 @@ class Bucket:
         weight = slot.weight
         assert weight is not None
         if self._half is not None and self._exponent is not None:
-            view = slice_of(self._half, slot)
-            weight *= 2.0 ** min(self._exponent, _ZERO_EXP)
-        else:
-            view = slice_of(self._flat, slot)
+            encode(grad, weight, self._exponent, self._half_views[slot.number])
+            return
+        view = self._views[slot.number]
         if weight == 0.0:
             view.zero_()  # a NaN of a filler sample must not spread: 0 * NaN is NaN
-        elif grad.dtype == view.dtype or view.dtype == torch.float16:
+        elif grad.dtype == view.dtype:
             torch.mul(grad, weight, out=view)
         else:
             view.copy_(grad)  # to the wider type first: a weighted half float would round once more
@@ -188,7 +185,7 @@ class Bucket:
         if self._sent_half:
             self._decode()
         elif self._half is not None:
-            self._exponent = _exponent(self._flat[: self._flags_at])
+            self._exponent = exponent_of(self._flat[: self._flags_at])
         everything = [True] * len(self._slots)
         return self._collect(everything if self._all_used else (self._flat[self._flags_at :] > 0).tolist())
 
@@ -213,16 +210,14 @@ class Bucket:
 
     def _decode(self) -> None:
         assert self._half is not None and self._exponent is not None
-        body = self._flat[: self._flags_at]
-        self._flat.copy_(self._half)
-        body.mul_(2.0 ** -min(self._exponent, _ZERO_EXP))
-        before, wanted = self._exponent, _exponent(body)
-        if wanted is not None and wanted - min(before, _ZERO_EXP) <= _FP16_MAX_DROP_EXP:
-            self._exponent = wanted
+        end = self._flags_at
+        body = self._flat[:end]
+        self._flat[end:].copy_(self._half[end:])
+        self._exponent = decode(self._half[:end], self._exponent, body)
+        if self._exponent is not None:
             return
         # Not finite, or so small that fp16 rounded too much of it away. Every rank holds the same bits, so every rank
         # takes this way: the sum again in full precision.
-        self._exponent = None
         for slot in self._slots.values():
             if slot.weight is None:
                 self._flat[slot.offset : slot.offset + numel(slot.parameter)].zero_()
@@ -230,7 +225,7 @@ class Bucket:
                 assert slot.parameter.grad is not None
                 self._write(slot, slot.parameter.grad)
         self._wire.wait(self._wire.start(body, f"{self.name}.exact"))
-        self._exponent = _exponent(body)
+        self._exponent = exponent_of(body)
 
     def _renew(self) -> None:
         """Take a new buffer if anyone still holds a view of this one: accumulated gradients, or the person's own
@@ -240,10 +235,10 @@ class Bucket:
         del views
         if torch._C._storage_Use_Count(self._flat.untyped_storage()._cdata) > _sole_use_count():
             self._flat = torch.zeros(self._length, dtype=self._dtype, device=self._device)
-        self._views = self._make_views()
+        self._views = self._views_of(self._flat)
 
-    def _make_views(self) -> list[torch.Tensor]:
-        return [slice_of(self._flat, slot) for slot in self._slots.values()]
+    def _views_of(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        return [slice_of(buffer, slot) for slot in self._slots.values()]
 
 
 def arrivals(buckets: Iterable[Bucket]) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
@@ -266,22 +261,6 @@ def slice_of(buffer: torch.Tensor, slot: Slot) -> torch.Tensor:
     p = slot.parameter
     flat = buffer[slot.offset : slot.offset + numel(p)]
     return flat.view(*p.shape, 2) if p.dtype.is_complex else flat.view(p.shape)
-
-
-def _exponent(flat: torch.Tensor) -> int | None:
-    """The power of two that brings the largest magnitude to the target; None if one is not finite.
-
-    All zeros give the largest exponent that can be scaled by.
-    """
-    if not len(flat):
-        return _ZERO_EXP
-    low, high = torch.aminmax(flat)  # on CPU 25 times as fast as an infinity norm
-    largest = max(-float(low), float(high))
-    if not math.isfinite(largest):
-        return None
-    if largest == 0.0:
-        return _ZERO_EXP
-    return _FP16_TARGET_EXP - math.frexp(largest)[1]
 
 
 _SOLE: list[int] = []

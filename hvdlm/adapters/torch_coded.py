@@ -106,7 +106,7 @@ class CodedBucket(Bucket):
         if self._journey.residual is None:
             super()._write(slot, grad)
             return
-        residual, view = slice_of(self._journey.residual, slot), slice_of(self._flat, slot)
+        residual, view = slice_of(self._journey.residual, slot), self._views[slot.number]
         grad = torch.view_as_real(grad.detach()) if grad.dtype.is_complex else grad.detach()
         weight = slot.weight
         assert weight is not None

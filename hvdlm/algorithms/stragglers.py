@@ -7,6 +7,7 @@ others block beyond it is waiting for the last one (the decomposition used for b
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ class Times:
     """In collectives."""
     samples: Sequence[float]
     """Of the global batch, on each rank."""
+    jitter: Sequence[float] = ()
+    """By how much the time for data and computing differs from step to step, a standard deviation; none if empty."""
 
     @property
     def communication(self) -> float:
@@ -126,7 +129,8 @@ def explain(times: Times, links: Sequence[float] | None = None) -> Explanation |
         ValueError: The lists are not equally long, or empty.
     """
     size = len(times.data)
-    if not size or not size == len(times.compute) == len(times.blocked) == len(times.samples):
+    lists = (times.compute, times.blocked, times.samples, times.jitter or times.data)
+    if not size or any(len(values) != size for values in lists):
         raise ValueError("every list needs one value per rank")
     own = [d + c for d, c in zip(times.data, times.compute, strict=True)]
     step = times.step
@@ -161,7 +165,23 @@ def _gains(times: Times, own: Sequence[float], last: int) -> tuple[float | None,
     if total <= 0 or any(n <= 0 or t <= 0 for n, t in zip(times.samples, own, strict=True)):
         return None, None
     speeds = [n / t for n, t in zip(times.samples, own, strict=True)]
-    balanced = total / sum(speeds) + times.communication
-    without = total / sum(s for r, s in enumerate(speeds) if r != last) + times.communication
-    gain, gain_without = times.step / balanced - 1, times.step / without - 1
-    return max(0.0, gain), gain_without
+
+    def gain(ranks: Sequence[int]) -> float:
+        mean = total / sum(speeds[r] for r in ranks)
+        spread = [times.jitter[r] * math.sqrt(mean / own[r]) for r in ranks] if times.jitter else [0.0]
+        return times.step / (mean + _last_of(spread) + times.communication) - 1
+
+    return max(0.0, gain(range(len(own)))), gain([r for r in range(len(own)) if r != last])
+
+
+def _last_of(spread: Sequence[float]) -> float:
+    """By how much the last of ranks that take equally long on average is behind that average, at each step anew.
+
+    The expected maximum of normal variables with the mean of these variances (Blom 1958): who waits for a straggler
+    waits for nobody else, and balanced ranks wait for whichever happens to be last.
+    """
+    size = len(spread)
+    if size < 2:
+        return 0.0
+    score = statistics.NormalDist().inv_cdf((size - 0.375) / (size + 0.25))
+    return score * math.sqrt(sum(s * s for s in spread) / size)

@@ -132,9 +132,10 @@ class HostLink:
         """Have the agent look at something; see :attr:`on_answer`."""
         self._send(wire.encode_json(wire.PROBE, {"probe": probe, **arguments}))
 
-    def send_channel(self, channel: int, data: bytes) -> None:
-        """Send bytes to one supervisor; none has it killed."""
+    def send_channel(self, channel: int, data: bytes) -> bool:
+        """Send bytes to one supervisor, none to have it killed; returns whether they may arrive."""
         self._send(wire.encode_channel(channel, data))
+        return self.is_open
 
     def pulse(self) -> None:
         """Give a sign of life when it is time; call it now and then."""
@@ -282,8 +283,7 @@ class _RemoteChannel:
         self.is_open = True
 
     def send(self, message: bytes) -> bool:
-        self._link.send_channel(self._number, message)
-        return self._link.is_open
+        return self._link.send_channel(self._number, message)
 
     def give_stdin(self) -> None:
         self.send(wire.encode(wire.STDIN))  # without: what is piped into this process is not carried to other hosts
@@ -292,9 +292,7 @@ class _RemoteChannel:
         self._link.send_channel(self._number, b"")
 
     def lost(self) -> str | None:
-        if self._link.is_open:
-            return None
-        return f"The connection to the host is lost. {self._link.error().message}"
+        return None if self._link.is_open else f"The connection to the host is lost. {self._link.error().message}"
 
     def close(self) -> None:
         self.is_open = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,8 +25,10 @@ __all__ = ["FIELDS", "FILE", "Timing"]
 _log = logging.getLogger("hvdlm")
 
 FILE = "steps.jsonl"
-FIELDS = 6
-"""Numbers that each rank adds to the exchange: seconds, of these for data, blocked; samples, loss, steps."""
+FIELDS = 7
+"""Numbers that each rank adds to the exchange: seconds, of these for data, blocked; samples, loss, steps, jitter."""
+_TO_DEVIATION = 1.4826
+"""Of a normal variable: the standard deviation over the median distance from the median, which outliers leave alone."""
 _PROBE_BYTES = 1 << 18
 _PROBES = 5
 _IN_A_ROW = 3
@@ -65,6 +68,8 @@ class Timing:
         """What holds the job up most, as far as the last exchange tells."""
         self._links: list[float] | None = None
         self._before: tuple[float, float, float, int, int] | None = None
+        self._step: tuple[float, float] | None = None
+        self._owns: list[float] = []
         self._file: EventFile | None = None
         self.sink: Sink | None = None
         """Where else metrics go."""
@@ -72,15 +77,23 @@ class Timing:
         self._same = 0
         self._said = -_SECONDS_BETWEEN
 
+    def reduced(self) -> None:
+        """Gradients were made global: a step is over, as far as other ranks are concerned."""
+        now = (self._clock(), self._adapter.collectives.blocked()[1])
+        if self._step is not None:
+            self._owns.append(now[0] - self._step[0] - (now[1] - self._step[1]))
+        self._step = now
+
     def own(self, steps: int) -> list[float]:
         """This rank's numbers since the last call; zeros the first time, when compilers and caches are still cold."""
         now = (self._clock(), self.data, self._adapter.collectives.blocked()[1], self.samples, steps)
         before, self._before = self._before, now
+        owns, self._owns = self._owns, []
         if before is None:
             return [0.0] * FIELDS
         wall, data, blocked, samples, count = (new - old for new, old in zip(now, before, strict=True))
         loss = self.loss()
-        return [wall, data, blocked, float(samples), 0.0 if loss is None else loss, float(count)]
+        return [wall, data, blocked, float(samples), 0.0 if loss is None else loss, float(count), _deviation(owns)]
 
     def gathered(self, table: Sequence[Sequence[float]], steps: int) -> None:
         """The numbers of all ranks are here. May probe the links, on all ranks alike."""
@@ -89,7 +102,7 @@ class Timing:
             return
         wall, data, blocked, samples = ([row[i] / count for row in table] for i in range(4))
         compute = [max(0.0, w - d - b) for w, d, b in zip(wall, data, blocked, strict=True)]
-        times = Times(data, compute, blocked, samples)
+        times = Times(data, compute, blocked, samples, [row[6] for row in table])
         found = explain(times, self._links)
         if found is not None and found.cause == "communication" and self._links is None:
             self._links = self._probe()
@@ -100,6 +113,7 @@ class Timing:
             self._write(times, table, steps)
             self._tell(found, steps)
         # The probe and what was written are no part of the next steps.
+        self._step = None
         self._before = (self._clock(), self.data, self._adapter.collectives.blocked()[1], self.samples, steps)
 
     def _probe(self) -> list[float]:
@@ -131,6 +145,7 @@ class Timing:
             "compute": [round(v, 6) for v in times.compute],
             "waiting": [round(v, 6) for v in times.waiting],
             "samples": [round(v, 3) for v in times.samples],
+            "jitter": [round(v, 6) for v in times.jitter],
         }
         directory = self._directory()
         with open_private(directory / FILE, "a") as file:
@@ -182,3 +197,10 @@ class Timing:
                     gain_balanced=found.gain_balanced,
                     gain_without=found.gain_without,
                 )
+
+
+def _deviation(seconds: Sequence[float]) -> float:
+    if len(seconds) < 3:
+        return 0.0
+    usual = statistics.median(seconds)
+    return _TO_DEVIATION * statistics.median(abs(s - usual) for s in seconds)

@@ -58,6 +58,27 @@ def test_predicted_gains_are_those_of_the_balanced_job() -> None:
     assert found.sentence().startswith("rank 2 computes slowly and costs")
 
 
+@pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.parametrize("jitter", [0.0, 0.03, 0.1])
+def test_balanced_ranks_wait_for_whichever_is_last(size: int, jitter: float) -> None:
+    """What is said to be gained, against jobs that are played step by step, with times that differ."""
+    rng, speeds, samples, steps = random.Random(size), [10.0] * (size - 1) + [5.0], [1.0] * size, 4000
+
+    def seconds(rank: int, share: float) -> float:
+        # Of what comes between, there is more in longer steps.
+        return share / speeds[rank] + rng.gauss(0, jitter * share / speeds[rank]) * (0.1 * speeds[rank] / share) ** 0.5
+
+    def job_takes(shares: list[float]) -> float:
+        return sum(max(seconds(r, share) for r, share in enumerate(shares)) for _ in range(steps)) / steps
+
+    balanced = [size * speed / sum(speeds) for speed in speeds]
+    gained = job_takes(samples) / job_takes(balanced) - 1
+    own = [1 / speed for speed in speeds]
+    deviations = [jitter * t * (0.1 / t) ** 0.5 for t in own]
+    found = explain(Times([0.0] * size, own, [max(own) - t for t in own], samples, deviations))
+    assert found is not None and found.gain_balanced == pytest.approx(gained, rel=0.06)
+
+
 def test_a_slow_link_is_told_from_slow_communication() -> None:
     times = job([0.0] * 3, [0.1] * 3, [8.0] * 3, 0.2)
     alike, slow = explain(times, [0.01, 0.011, 0.01]), explain(times, [0.01, 0.09, 0.01])
