@@ -30,6 +30,7 @@ _DRIFT = 1.5
 _STEP_OF_BACKWARDS = 2.5
 """What is longer than this many backwards is no computing of the step: an evaluation, a slow disk."""
 _TRIAL = (512, 512)
+_HALVES = ("fp16", "bf16")
 
 
 class _Alone(ReducerWire):
@@ -104,6 +105,10 @@ class Planner:
         self._codecs: list[str] = [options.compression]
         if options.compression == "auto":
             self._codecs = ["none"] if options.exact else list(ORDER)
+        # Halves are asked for to be fast: where processors move the bytes, making them may take longer than it saves.
+        self._asked = options.compression if options.compression in _HALVES else None
+        if self._asked is not None:
+            self._codecs = ["none", self._asked]
         self._numel = sum(p.numel() for p in parameters)
         shapes = [(p.numel(), matrix_shape(p.shape, options.powersgd_rank)) for p in parameters]
         self._thin = sum(n if s is None else options.powersgd_rank * sum(s) for n, s in shapes)
@@ -182,7 +187,8 @@ class Planner:
         )
         costs = {codec: cost * self._numel for codec, cost in self._costs.items()}
         fixed = int(self._options.bucket_cap_mb * 2**20)
-        choice = choose(self._codecs, load, self._link, costs, **({"caps": (fixed,)} if fixed else {}))
+        caps = {"caps": (fixed,)} if fixed else {}
+        choice = choose(self._codecs, load, self._link, costs, asked=self._asked, **caps)
         # The first choice is made before a step was timed.
         alone = why_part(choice, load, self._link, self._options.sync_every) if self._part and compute else None
         if alone is not None and self._part is not None:
@@ -197,7 +203,7 @@ class Planner:
         if before is not None and (before.codec, before.cap_bytes) == (choice.codec, choice.cap_bytes):
             return
         self._reducer.rebuild(maker_for(self._options, self._wire, choice.codec), choice.cap_bytes)
-        if self._options.compression == "auto" and self._wire.rank == 0:
+        if choice.codec != self._options.compression and self._wire.rank == 0:
             _log.warning("%s", choice.reason)
 
     @property

@@ -53,7 +53,7 @@ class Run:
 
     def _costs(self, _: Any, codecs: list[str], __: Any) -> dict[str, float]:
         self.tried += codecs
-        return dict.fromkeys(codecs, 1e-9)
+        return {codec: 0.0 if codec == "none" else 1e-9 for codec in codecs}
 
     def _event(self, kind: str, **facts: Any) -> None:
         self.events.append({"event": kind, **facts})
@@ -104,6 +104,17 @@ def test_on_one_host_nothing_is_split_that_would_not_hide(monkeypatch: pytest.Mo
     run = Run(monkeypatch, [Link(0.0002, 500e6, within_host=True)])
     run.steps(4, 0.02)
     assert run.made[-1][1] < 32 * 2**20
+
+
+def test_halves_travel_only_where_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert Run(monkeypatch, [SLOW], compression="fp16").codec == "fp16"
+    assert caplog.messages == [], "as asked"
+    assert Run(monkeypatch, [FAST], compression="fp16").codec == "none"
+    assert caplog.messages[0].startswith("compression=none") and "fp16" in caplog.messages[0]
+    run = Run(monkeypatch, [FAST], compression="fp16", bucket_cap_mb=2.0)
+    assert run.codec == "none", "of one size of buckets too"
 
 
 def test_exact_leaves_nothing_to_choose_but_buckets(monkeypatch: pytest.MonkeyPatch) -> None:

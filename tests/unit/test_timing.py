@@ -143,7 +143,7 @@ def test_shares_and_skew_are_metrics_of_rank_0(tmp_path: Path, rank: int) -> Non
     account = Account(adapter, progress, lambda: "hash")
     account.timing = Timing(adapter, world, Events(None), lambda: tmp_path)
     account.timing.sink = shown = Shown()
-    account.timing.gathered([[1.0, 0.1, 0.1, 6.0, 2.5, 2.0], [1.0, 0.1, 0.1, 2.0, 2.5, 2.0]], 2)
+    account.timing.gathered([[1.0, 0.1, 0.1, 6.0, 2.5, 2.0, 0.0], [1.0, 0.1, 0.1, 2.0, 2.5, 2.0, 0.0]], 2)
     account.epoch_done("data", 0, 1.004)
     if rank:
         assert not shown.values and not list(tmp_path.iterdir())
