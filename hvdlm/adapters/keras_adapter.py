@@ -123,6 +123,8 @@ class KerasAdapter:
         if self._wire is not None or options.prune != "none":
             self._watch.install()
         if self._wire is not None:
+            if options.timings_every or options.balance == "dynamic":
+                self._wire.time_steps()
             # Replicas that train on their own ask nobody at each step.
             if self._statistics is None and options.sync == "global":
                 totals = GraphTotals(self._wire, job.weight)

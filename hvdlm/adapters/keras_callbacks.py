@@ -91,6 +91,8 @@ class Opening(keras.callbacks.Callback):  # type: ignore[misc]
         now = self._job.seen.numpy()
         steps, count, total = (now - self._seen).tolist()
         self._job.shares.end(count)
+        if self._job.options.timings_every:
+            recorder.data(self._job.reading.new())
         self._seen = now
         for planned in self._feed.take(steps, count, total):
             samples = self._feed.describe()

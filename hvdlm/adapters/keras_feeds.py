@@ -18,6 +18,7 @@ from hvdlm.adapters.keras_data import COUNTS, DATA, ArrayFeed, BatchFeed, Feed
 from hvdlm.adapters.keras_job import Job
 from hvdlm.adapters.keras_ledger import cursor_of, state_of
 from hvdlm.adapters.keras_ways import pipeline_feed, refuse_few, warn_of_batches
+from hvdlm.adapters.timed import timed
 from hvdlm.algorithms.hashing import derive_seed
 from hvdlm.algorithms.ledger import Cursor
 from hvdlm.algorithms.permutation import KeyedPermutation
@@ -112,7 +113,7 @@ class ShardedDataset:
         feed.start(number)
         job.recorder.epoch(self._name, number, *feed.describe(), feed.steps or 0)
         try:
-            for element in feed.dataset:
+            for element in timed(iter(feed.dataset), job.recorder.data):
                 counts = element[COUNTS].numpy()
                 job.counts(counts)
                 job.shares.begin()

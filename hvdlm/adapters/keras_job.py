@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from hvdlm.adapters.keras_metrics import pooled_states
 from hvdlm.adapters.keras_place import Place
+from hvdlm.adapters.keras_reading import Reading
 from hvdlm.adapters.keras_shares import Shares
 from hvdlm.contracts import Collectives, Course, Recorder
 from hvdlm.options import Options
@@ -44,6 +45,8 @@ class Job:
     """Whether they are equal now."""
     shares: Shares = field(init=False)
     """How training batches are cut."""
+    reading: Reading = field(default_factory=Reading)
+    """How long ``fit`` waits for its batches."""
     weight: tf.Variable = field(init=False)
     """What this worker's gradient counts in the sum over workers, float64."""
     seen: tf.Variable = field(init=False)

@@ -125,7 +125,8 @@ class DistributedModel:
             steps = given.get("steps_per_epoch")
             feed.resume(place.cursor, None if steps is None else (place.epoch, steps))
             given["initial_epoch"] = given["epochs"] if place.stopped else place.epoch
-        given.update(x=feed.dataset, y=None, sample_weight=None, class_weight=None, shuffle=False)
+        timed = job.reading.timed(feed.dataset) if job.options.timings_every else feed.dataset
+        given.update(x=timed, y=None, sample_weight=None, class_weight=None, shuffle=False)
         given["batch_size"], batch_size = None, given.get("batch_size")
         if given.get("validation_data") is not None and not given.get("validation_batch_size"):
             given["validation_batch_size"] = _validation_batch_size(given["validation_data"], batch_size)

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 
-from hvdlm.adapters.keras_wire import KerasWire
 from hvdlm.balancing import Pace
 from hvdlm.contracts import Collectives
 from hvdlm.plan import Partition
@@ -43,8 +42,6 @@ class Shares:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.dynamic = dynamic and world.size > 1
-        if self.dynamic and isinstance(collectives, KerasWire):
-            collectives.time_steps()
         self._lock = threading.Lock()
         self._source = self._planned = 0
         self._pace = Pace(

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, RandomSampler
 
-from hvdlm.adapters.torch_reader import Feed, make_reader, refuse, source_of, timed
+from hvdlm.adapters.timed import timed
+from hvdlm.adapters.torch_reader import Feed, make_reader, refuse, source_of
 from hvdlm.adapters.torch_sampler import Draws, is_custom
 from hvdlm.adapters.torch_stream import StreamFeed, is_stream
 from hvdlm.agreement import agree

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import collections
 import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Subset, TensorDataset
@@ -20,7 +19,7 @@ from hvdlm.options import Options
 from hvdlm.plan import Share
 from hvdlm.world import World
 
-__all__ = ["Feed", "make_reader", "refuse", "source_of", "timed"]
+__all__ = ["Feed", "make_reader", "refuse", "source_of"]
 
 _log = logging.getLogger("hvdlm")
 
@@ -178,18 +177,3 @@ def _content_of(dataset: Any) -> str:
 
 def _three(length: int) -> list[int]:
     return sorted({0, length // 2, length - 1})
-
-
-T = TypeVar("T")
-
-
-def timed(items: Iterator[T], tell: Callable[[float], None]) -> Iterator[T]:
-    """The items, telling for each how many seconds it took to come."""
-    while True:
-        start = time.perf_counter()
-        try:
-            item = next(items)
-        except StopIteration:
-            return
-        tell(time.perf_counter() - start)
-        yield item

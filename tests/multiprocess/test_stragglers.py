@@ -6,17 +6,22 @@ import json
 import statistics
 from pathlib import Path
 
+import pytest
+
 from hvdlm.algorithms.stragglers import Times, explain
 from tests.multiprocess.workers import ROOT, run_workers
 
 SCRIPT = ROOT / "tests" / "multiprocess" / "straggler_script.py"
+KERAS = SCRIPT.with_name("straggler_keras_script.py")
 
 
-def job(cwd: Path, name: str, *arguments: str, timeline: str = "") -> tuple[list[dict], Times, str]:
+def job(
+    cwd: Path, name: str, *arguments: str, timeline: str = "", script: Path = SCRIPT
+) -> tuple[list[dict], Times, str]:
     """(straggler events, times of a step, stderr)."""
     run = cwd / name
     done = run_workers(
-        [str(SCRIPT), *arguments],
+        [str(script), *arguments],
         2,
         controller="mpi",
         cwd=cwd,
@@ -44,11 +49,12 @@ def test_a_slow_loader(tmp_path: Path) -> None:
     trace = json.loads((tmp_path / "trace.json").read_text())
     spans = [e for e in trace["traceEvents"] if e["ph"] == "X"]
     read = [sum(e["dur"] for e in spans if e["pid"] == rank and e["name"] == "read a batch") for rank in (0, 1)]
-    assert read[1] > 2 * read[0] and trace["otherData"]["clock_error_us"][1] < 5000
+    error = trace["otherData"]["clock_error_us"][1]
+    assert read[1] > 2 * read[0] and error < 50_000, "a busy machine answers late"
     waits = [[e for e in spans if e["pid"] == rank and e["name"].startswith("hvdlm.grad")] for rank in (0, 1)]
     assert len(waits[0]) == len(waits[1]) >= 50
     # Nobody leaves a sum before all have come to it.
-    assert all(a["ts"] + a["dur"] > b["ts"] - 5000 for a, b in zip(*waits, strict=True))
+    assert all(a["ts"] + a["dur"] > b["ts"] - 5000 - error for a, b in zip(*waits, strict=True))
     assert any(e["pid"] == 1_000_000 and e.get("name") == "NEGOTIATE_ALLREDUCE" for e in trace["traceEvents"])
 
 
@@ -62,3 +68,14 @@ def test_slow_computing_and_the_gain_of_rebalancing(tmp_path: Path) -> None:
     realised = before.step / after.step - 1
     assert realised > 0.3
     assert abs(explained.gain_balanced - realised) <= 0.25 * realised
+
+
+@pytest.mark.parametrize(("case", "way"), [("data", "fit"), ("compute", "loop")])
+def test_compiled_steps_of_keras(tmp_path: Path, case: str, way: str) -> None:
+    """Python sees nothing of what a compiled step waits for: batches, and the other workers."""
+    events, times, _ = job(tmp_path, case, case, way, script=KERAS)
+    assert {(e["rank"], e["cause"]) for e in events} == {(1, case)}
+    # 40 ms of computing on each; rank 1 reads, or computes, for more than 100 ms.
+    assert 0.03 < times.compute[0] < 0.1 and times.blocked[0] > 0.04
+    slow, other = (times.data, times.compute) if case == "data" else (times.compute, times.data)
+    assert slow[1] > 0.08 and slow[1] > 2 * other[1]
