@@ -115,6 +115,7 @@ class DistributedModel:
         if validation is not None:
             given["validation_data"] = validation[:-1]
         feed = training_feed(given, self._name, job)
+        self._time(feed)
         self._build(feed)
         job.course.done(FITS, number)
         job.course.grown()
@@ -123,10 +124,12 @@ class DistributedModel:
         place.reads(feed.source() if isinstance(feed, ArrayFeed) else None)
         if resumed:
             steps = given.get("steps_per_epoch")
+            whole = feed.dataset
             feed.resume(place.cursor, None if steps is None else (place.epoch, steps))
+            if feed.dataset is not whole:
+                self._time(feed)
             given["initial_epoch"] = given["epochs"] if place.stopped else place.epoch
-        timed = job.reading.timed(feed.dataset) if job.options.timings_every else feed.dataset
-        given.update(x=timed, y=None, sample_weight=None, class_weight=None, shuffle=False)
+        given.update(x=feed.dataset, y=None, sample_weight=None, class_weight=None, shuffle=False)
         given["batch_size"], batch_size = None, given.get("batch_size")
         if given.get("validation_data") is not None and not given.get("validation_batch_size"):
             given["validation_batch_size"] = _validation_batch_size(given["validation_data"], batch_size)
@@ -158,10 +161,15 @@ class DistributedModel:
         # Rank 0 writes files that the script may read next.
         job.collectives.allgather(b"")
         if resumed:
-            whole = history_of(place.logs)
-            result.epoch, result.history = whole.epoch, whole.history
+            history = history_of(place.logs)
+            result.epoch, result.history = history.epoch, history.history
         place.fit_done()
         return result
+
+    def _time(self, feed: Feed) -> None:
+        # Before an example is read: a shuffle draws its orders anew for each dataset that is made of it.
+        if self._job.options.timings_every:
+            feed.dataset = self._job.reading.timed(feed.dataset)
 
     def _shared_validation(self, data: Any) -> tuple[Any, ...] | None:
         if data is None:
