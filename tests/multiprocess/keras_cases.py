@@ -314,7 +314,7 @@ def loop_sgd_eagerly() -> Result:
 
 @case
 def fit_endless_dataset() -> Result:
-    # Small batches: where a pass has fewer than TensorFlow reads ahead, what is read to build the model may begin another.
+    # Small batches: where a pass has fewer than are read ahead, what is read to build the model may begin another.
     whole = tf.data.Dataset.from_tensor_slices(text())
     dataset = whole.shuffle(SAMPLES).repeat().map(lambda x, y: (x, y)).batch(BATCH // 2)
     return run(compiled(keras.optimizers.AdamW(1e-3)), dataset, steps_per_epoch=16)
