@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from hvdlm.adapters.torch_bucket import Bucket, Slot, Wire, slice_of
-from hvdlm.adapters.torch_journeys import CodedWire, Everything, Exchange, Journey, TopK
+from hvdlm.adapters.torch_journeys import CodedWire, Exchange, Journey, TopK
 from hvdlm.adapters.torch_powersgd import PowerSGD
 from hvdlm.algorithms.codecs import CODECS
 from hvdlm.options import Options
@@ -90,7 +90,7 @@ class CodedBucket(Bucket):
         shared: dict[str, Any] = {"length": self._length, "num_flags": len(members), "dtype": dtype, "device": device}
         self._journey: Journey
         if blocks:
-            self._journey = (Everything if wire.size == 2 else Exchange)(wire, name, codec=codec, **shared)
+            self._journey = Exchange(wire, name, codec=codec, **shared)
         elif codec == "topk":
             self._journey = TopK(wire, name, ratio=ratio, **shared)
         else:

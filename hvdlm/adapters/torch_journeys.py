@@ -16,7 +16,7 @@ import torch
 from hvdlm.adapters.torch_blocks import Blocks, Payload
 from hvdlm.algorithms.codecs import CODECS
 
-__all__ = ["CodedWire", "Everything", "Exchange", "Journey", "TopK"]
+__all__ = ["CodedWire", "Exchange", "Journey", "TopK"]
 
 
 class CodedWire(Protocol):
@@ -165,49 +165,6 @@ class Exchange(Journey):
         torch.split(extra, self._chunk)[self._wire.rank].copy_(self._kept)
         self._kept.zero_()
         return extra
-
-
-class Everything(Journey):
-    """Block codecs between two workers: each sends all it has, and both add it up in full precision.
-
-    That is as many bytes as parts of it out and sums back, in one collective; and Gloo's alltoall sends one way at a
-    time. Arguments as for :class:`Exchange`.
-    """
-
-    def __init__(
-        self,
-        wire: CodedWire,
-        name: str,
-        *,
-        codec: str,
-        length: int,
-        num_flags: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        super().__init__(wire, name)
-        self._blocks = Blocks(CODECS[codec], length, num_flags, dtype, device)
-        payload = self._blocks.payload_bytes
-        self._own = Payload(torch.zeros(payload, dtype=torch.uint8, device=device), self._blocks)
-        self._received = torch.zeros(wire.size, payload, dtype=torch.uint8, device=device)
-        self._from = [Payload(row, self._blocks) for row in self._received]
-        if CODECS[codec].feedback:
-            self.residual = torch.zeros(length, dtype=dtype, device=device)
-
-    def start(self, flat: torch.Tensor, flags: torch.Tensor) -> None:
-        """See :meth:`Journey.start`."""
-        self._flat, self._flags = flat, flags
-        self._blocks.encode(flat, self._own, self.residual)
-        self._own.flags.copy_(flags)
-        self._await(self._wire.collect(self._own.data, self._received, f"{self._name}.all"), self._add)
-
-    def _add(self) -> None:
-        first, *others = self._from  # in the order of ranks, so that all end with the same bits
-        self._blocks.decode(first, self._flat)
-        for payload in others:
-            self._blocks.add(payload, self._flat)
-        for payload in self._from:
-            self._flags |= payload.flags
 
 
 class TopK(Journey):

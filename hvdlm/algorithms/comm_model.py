@@ -16,7 +16,7 @@ CAPS_BYTES = tuple(int(mb * 2**20) for mb in (1, 2, 4, 8, 32))
 ORDER = ("none", "fp16", "bf16", "int8", "powersgd", "topk")
 """From what changes gradients least to what changes them most."""
 STAGES = {"none": 1, "fp16": 2, "bf16": 2, "int8": 2, "powersgd": 2, "topk": 1}
-"""Collectives of a bucket, one after the other; between two workers block codecs take one."""
+"""Collectives of a bucket, one after the other."""
 MEMORY_SPEED = 1e9
 """Bytes a second at which moving them takes a processor all of its time."""
 PARTING = 0.25
@@ -98,8 +98,7 @@ def step_overhead(codec: str, load: Load, link: Link, cost: float, cap_bytes: fl
         cap_bytes: Largest bucket, before encoding.
     """
     buckets = max(1, -(-load.num_elements * load.itemsize // int(cap_bytes)))
-    stages = 1 if load.workers == 2 and codec in ("fp16", "bf16", "int8") else STAGES[codec]
-    travelling = buckets * stages * link.latency + sent_bytes(codec, load) / link.bandwidth
+    travelling = buckets * STAGES[codec] * link.latency + sent_bytes(codec, load) / link.bandwidth
     # What a fast link moves, a processor copies and adds up; only waiting for a slow one costs nothing.
     busy = 1.0 if link.within_host else min(1.0, link.bandwidth / MEMORY_SPEED)
     idle = 1 - busy / load.processors
