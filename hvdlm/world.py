@@ -40,6 +40,11 @@ class World:
         """Whether this is the worker that speaks for the job (rank 0)."""
         return self.rank == 0
 
+    @property
+    def within_host(self) -> bool:
+        """Whether all workers are on one host."""
+        return self.local_size == self.size
+
     @classmethod
     def single(cls) -> World:
         """The world of a script that was not launched: one process."""

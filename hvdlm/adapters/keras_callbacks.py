@@ -47,7 +47,7 @@ def arrange(given: dict[str, Any], *, opening: Any, closing: Closing, job: Any) 
     given["callbacks"] = [opening, *callbacks, closing]
 
 
-class Opening(keras.callbacks.Callback):  # type: ignore[misc]
+class Opening(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types
     """Comes before the person's callbacks: keeps the account, and makes their numbers equal on all ranks.
 
     Args:
@@ -137,7 +137,7 @@ def share_numbers(logs: Any, job: Any) -> None:
     logs.update(json.loads(job.collectives.broadcast(payload)))
 
 
-class Closing(keras.callbacks.Callback):  # type: ignore[misc]
+class Closing(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types
     """Comes after the person's callbacks: all ranks restore alike and stop together.
 
     Args:

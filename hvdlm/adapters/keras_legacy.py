@@ -78,7 +78,8 @@ class LegacyKerasAdapter(KerasAdapter):
             elif kind == "model":
                 refuse_model(where, value)
                 _refuse_batch_norm(where, value, options, world)
-                self._models[id(value)] = (where, value, LegacyModel(value, where, job, self._prepare))  # type: ignore[assignment]
+                wrapped: Any = LegacyModel(value, where, job, self._prepare)  # stands in for a DistributedModel
+                self._models[id(value)] = (where, value, wrapped)
                 if value.built:
                     self._prepare(value)
             elif kind == "loader":

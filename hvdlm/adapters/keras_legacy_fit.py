@@ -137,7 +137,7 @@ class LegacyModel:
         return self._own["predict"](original_of(x), *args, **kwargs)
 
 
-class _Bridge(tf_keras.callbacks.Callback):  # type: ignore[misc]
+class _Bridge(tf_keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types
     """Lets a callback written for Keras 3 act in a ``fit`` of Keras 2."""
 
     def __init__(self, inner: Any, job: Job | None) -> None:

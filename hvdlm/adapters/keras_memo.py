@@ -61,7 +61,9 @@ class Memo:
                 return i + 1
 
         # As a call that is not inlined: where nothing is missing all its operations would be gone through for nothing.
-        @tf.function(autograph=False, experimental_attributes={"_noinline": True})  # type: ignore[untyped-decorator]
+        kept_apart = {"_noinline": True}
+
+        @tf.function(autograph=False, experimental_attributes=kept_apart)  # type: ignore[untyped-decorator]  # untyped
         def all_of_them() -> list[tf.Tensor]:
             done = tf.while_loop(lambda i: i < tf.size(places), lambda i: (remember(i),), (tf.constant(0),))
             with tf.control_dependencies(done):

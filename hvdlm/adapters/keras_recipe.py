@@ -144,7 +144,7 @@ class Recipe:
         return samples
 
 
-class _Shuffled(shuffle_op._ShuffleDataset):  # type: ignore[misc]
+class _Shuffled(shuffle_op._ShuffleDataset):  # type: ignore[misc]  # TensorFlow has no types
     """The same shuffle of another dataset, with the seeds that the person's got when it was made."""
 
     def __init__(self, dataset: Any, like: Any) -> None:

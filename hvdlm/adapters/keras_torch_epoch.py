@@ -13,7 +13,7 @@ from hvdlm.adapters.torch_loader import ShardedLoader
 __all__ = ["OpeningOnTorch"]
 
 
-class OpeningOnTorch(keras.callbacks.Callback):  # type: ignore[misc]
+class OpeningOnTorch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types
     """Counts samples, reads each epoch to its end, and makes numbers equal on all ranks.
 
     Args:
@@ -39,7 +39,7 @@ class OpeningOnTorch(keras.callbacks.Callback):  # type: ignore[misc]
             made = [reading()]
             return made[0]
 
-        loader._train = train  # type: ignore[method-assign]
+        loader._train = train  # type: ignore[method-assign]  # until remove()
 
     def remove(self) -> None:
         """Give the loader its own back."""

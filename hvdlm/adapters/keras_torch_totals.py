@@ -42,7 +42,8 @@ class TorchTotals:
 
     def total(self, sums: torch.Tensor, stem: str) -> torch.Tensor:
         """See :class:`hvdlm.adapters.keras_statistics.Totals`."""
-        result: torch.Tensor = _Total.apply(sums, self._number(), self._wire, f"hvdlm.total.{stem}")  # type: ignore[no-untyped-call]
+        name, number = f"hvdlm.total.{stem}", self._number()
+        result: torch.Tensor = _Total.apply(sums, number, self._wire, name)  # type: ignore[no-untyped-call]  # untyped
         return result
 
 

@@ -37,7 +37,7 @@ class GraphTotals:
         """See :class:`hvdlm.adapters.keras_statistics.Totals`."""
         name = self._name(stem)
 
-        @tf.custom_gradient  # type: ignore[untyped-decorator]
+        @tf.custom_gradient  # type: ignore[untyped-decorator]  # TensorFlow has no types
         def summed(own: tf.Tensor) -> Any:
             weight = self.weight()
             counts = tf.cast(weight > 0, tf.float64)

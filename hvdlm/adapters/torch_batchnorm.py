@@ -56,21 +56,21 @@ class SyncBatchNorms:
                     return forward(module, input)
                 return original(module, input)
 
-            _BatchNorm.forward = patched  # type: ignore[method-assign,assignment]
+            _BatchNorm.forward = patched  # type: ignore[method-assign,assignment]  # until remove()
 
     def remove(self) -> None:
         """Give the modules their own forward back."""
-        _BatchNorm.forward = self._original  # type: ignore[method-assign]
+        _BatchNorm.forward = self._original  # type: ignore[method-assign]  # its own again
 
     def _forward(self, module: _BatchNorm, input: torch.Tensor) -> torch.Tensor:
-        module._check_input_dim(input)  # type: ignore[no-untyped-call]
+        module._check_input_dim(input)  # type: ignore[no-untyped-call]  # torch gives it no types
         share = self._share()
         counted = share is None or not share.is_filler
         if self._mean:
             weight = 1.0 / self._size if share is None else share.count / share.total
         else:
             weight = float(counted)
-        output, mean, variance, count = _SyncNormalise.apply(  # type: ignore[no-untyped-call]
+        output, mean, variance, count = _SyncNormalise.apply(  # type: ignore[no-untyped-call]  # torch gives it no types
             input, module.weight, module.bias, module.eps, counted, weight, self._wire, self._names[id(module)]
         )
         if module.track_running_stats and module.running_mean is not None and module.running_var is not None:

@@ -72,7 +72,7 @@ def _view(mark: Mapping[str, Any], entry: Entry, data: Bytes) -> torch.Tensor:
 
 def _made(mark: Mapping[str, Any], entry: Entry, data: Bytes) -> torch.Tensor:
     tensor = _view(mark, entry, data).clone()
-    tensor._hvdlm_on_cpu = mark.get("cpu", False)  # type: ignore[attr-defined]
+    tensor._hvdlm_on_cpu = mark.get("cpu", False)  # type: ignore[attr-defined]  # a mark of ours
     return tensor
 
 
@@ -248,7 +248,7 @@ def _load_optimizer(name: str, optimizer: torch.optim.Optimizer, value: Any) -> 
 def _placed(value: Any, device: torch.device | None) -> Any:
     """Tensors that were not on the CPU go to the parameter's device."""
     if isinstance(value, torch.Tensor):
-        return value if device is None or value._hvdlm_on_cpu else value.to(device)  # type: ignore[attr-defined]
+        return value if device is None or value._hvdlm_on_cpu else value.to(device)  # type: ignore[attr-defined]  # a mark of ours
     if isinstance(value, (list, tuple)):
         return type(value)(_placed(v, device) for v in value)
     return {k: _placed(v, device) for k, v in value.items() if v is not LOCAL} if isinstance(value, dict) else value

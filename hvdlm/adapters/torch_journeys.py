@@ -8,6 +8,7 @@ buffers are made once and used at every step.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -46,7 +47,7 @@ class CodedWire(Protocol):
         ...
 
 
-class Journey:
+class Journey(ABC):
     """Stages of a bucket's sum.
 
     Args:
@@ -65,9 +66,9 @@ class Journey:
     def _await(self, handle: Any, then: Callable[[], None]) -> None:
         self._handle, self._next = handle, then
 
+    @abstractmethod
     def start(self, flat: torch.Tensor, flags: torch.Tensor) -> None:
         """Encode and send. ``flat`` is overwritten by the sum, ``flags`` (uint8) by what any worker has set."""
-        raise NotImplementedError
 
     def advance(self) -> None:
         """Take the stages whose collective has arrived, without waiting."""

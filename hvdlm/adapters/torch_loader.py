@@ -91,7 +91,7 @@ class ShardedLoader:
                 collectives=collectives,
             )
         else:
-            self._num_samples = len(loader.dataset)  # type: ignore[arg-type]
+            self._num_samples = len(loader.dataset)  # type: ignore[arg-type]  # only of data that has a length
             keys = make_keys(options.key, loader.dataset, name, collectives, world.is_main)
         partition = Partition(
             strategy=options.partition, rank=world.rank, size=world.size, seed=options.seed, weights=weights, keys=keys
@@ -279,7 +279,7 @@ class ShardedLoader:
             yield batch
 
     def _check_length(self) -> None:
-        now = len(self._loader.dataset)  # type: ignore[arg-type]
+        now = len(self._loader.dataset)  # type: ignore[arg-type]  # only of data that has a length
         if now != self._num_samples:
             raise DataError(
                 f"{self._name}: its dataset had {self._num_samples} samples when hvdlm got it and has {now} now.",

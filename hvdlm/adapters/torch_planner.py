@@ -81,7 +81,8 @@ class Planner:
     Args:
         reducer: Whose gradients.
         wire: Collectives.
-        options: ``compression="auto"`` lets it choose the codec, ``bucket_cap_mb=0`` the size of buckets.
+        options: ``compression="auto"`` lets it choose the codec, ``fp16`` and ``bf16`` whether halves travel, and
+            ``bucket_cap_mb=0`` the size of buckets.
         parameters: What is trained.
         watch: Tells when backward starts and ends.
         tell: Called with what was chosen and why; see :meth:`hvdlm.contracts.Recorder.event`.

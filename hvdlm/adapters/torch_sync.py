@@ -110,8 +110,8 @@ class Synchroniser:
             if job.world.size > 1 and (auto or not options.bucket_cap_mb):
                 plain = [p for group in groups for _, p in group]
                 part = self._part if options.sync == "auto" else None
-                one_host = job.world.local_size == job.world.size
-                Planner(reducer, job.wire, options, plain, self._watch, job.recorder.event, part, one_host)
+                tell, within_host = job.recorder.event, job.world.within_host
+                Planner(reducer, job.wire, options, plain, self._watch, tell, part, within_host)
             reducer.share = self._share
             self._reducers.append(reducer)
         if options.sync != "local":

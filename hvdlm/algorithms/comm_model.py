@@ -134,8 +134,8 @@ def choose(
     fastest = min(overhead for overhead, _ in best.values())
     limit = (load.compute + fastest) * (1 + WORTH) - load.compute
     codec = next(name for name, (overhead, _) in best.items() if overhead <= limit)
-    if asked is not None:
-        codec = asked if best[asked][0] <= fastest else codec
+    if asked is not None and best[asked][0] <= fastest:
+        codec = asked
     told = ", ".join(f"{name} {overhead * 1e3:,.0f}" for name, (overhead, _) in best.items())
     overhead, cap = best[codec][0], -best[codec][1]
     reason = (

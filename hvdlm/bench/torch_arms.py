@@ -173,7 +173,7 @@ class Arms:
         if self.world.size > 1 and (options.compression == "auto" or not options.bucket_cap_mb):
             plain = [p for _, p in parameters]
             self.planners[name] = Planner(
-                reducer, self._wire, options, plain, watch, within_host=self.world.local_size == self.world.size
+                reducer, self._wire, options, plain, watch, within_host=self.world.within_host
             )
         watch.install()
         watched, autograd.backward = autograd.backward, own

@@ -54,7 +54,8 @@ class Inspection:
         Raises:
             MismatchError: Replicas differ and ``on_divergence`` is ``stop``; on every rank alike.
         """
-        self._timing.reduced()
+        if self._times_every:
+            self._timing.reduced()
         compare = bool(self._every and self._steps and self._steps % self._every == 0)
         if compare or (self._times_every and self._steps % self._times_every == 0):
             self.look(compare)

@@ -70,7 +70,7 @@ class Watchdog:
         self._refused = 0
         where: dict[str, Any] = {}
         if world.is_main:
-            own = "127.0.0.1" if world.local_size == world.size else address
+            own = "127.0.0.1" if world.within_host else address
             self._listener = socket.create_server((own or "", 0), backlog=world.size)
             port = self._listener.getsockname()[1]
             where = {"host": own or socket.gethostname(), "port": port, "token": secrets.token_hex(16)}

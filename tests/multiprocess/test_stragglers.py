@@ -49,12 +49,11 @@ def test_a_slow_loader(tmp_path: Path) -> None:
     trace = json.loads((tmp_path / "trace.json").read_text())
     spans = [e for e in trace["traceEvents"] if e["ph"] == "X"]
     read = [sum(e["dur"] for e in spans if e["pid"] == rank and e["name"] == "read a batch") for rank in (0, 1)]
-    error = trace["otherData"]["clock_error_us"][1]
-    assert read[1] > 2 * read[0] and error < 50_000, "a busy machine answers late"
+    assert read[1] > 2 * read[0] and trace["otherData"]["clock_error_us"][1] < 5000
     waits = [[e for e in spans if e["pid"] == rank and e["name"].startswith("hvdlm.grad")] for rank in (0, 1)]
     assert len(waits[0]) == len(waits[1]) >= 50
     # Nobody leaves a sum before all have come to it.
-    assert all(a["ts"] + a["dur"] > b["ts"] - 5000 - error for a, b in zip(*waits, strict=True))
+    assert all(a["ts"] + a["dur"] > b["ts"] - 5000 for a, b in zip(*waits, strict=True))
     assert any(e["pid"] == 1_000_000 and e.get("name") == "NEGOTIATE_ALLREDUCE" for e in trace["traceEvents"])
 
 
