@@ -106,16 +106,17 @@ class Planner:
         self._codecs: list[str] = [options.compression]
         if options.compression == "auto":
             self._codecs = ["none"] if options.exact else list(ORDER)
-        # Halves are asked for to be fast: where processors move the bytes, making them may take longer than it saves.
-        self._asked = options.compression if options.compression in _HALVES else None
-        if self._asked is not None:
-            self._codecs = ["none", self._asked]
+        self._instead = ""
+        on_cpu = all(p.device.type == "cpu" for p in parameters)
+        if options.compression in _HALVES and within_host and on_cpu and not wire.sums_halves:
+            self._codecs = ["none"]
+            self._instead = f"{options.compression} takes longer to code than it saves over Gloo on one host: "
         self._numel = sum(p.numel() for p in parameters)
         shapes = [(p.numel(), matrix_shape(p.shape, options.powersgd_rank)) for p in parameters]
         self._thin = sum(n if s is None else options.powersgd_rank * sum(s) for n, s in shapes)
         self._within_host = within_host
         self._link = measure_link(wire, wire.size, within_host)
-        own = math.inf if any(p.device.type != "cpu" for p in parameters) else torch.get_num_threads()
+        own = torch.get_num_threads() if on_cpu else math.inf
         self._processors = -agree_on(wire, -own)[0]  # of the worker that has fewest
         # What a codec costs matters where there is another one to take.
         costs = codec_costs(wire, self._codecs, options) if len(self._codecs) > 1 else {}
@@ -189,7 +190,7 @@ class Planner:
         costs = {codec: cost * self._numel for codec, cost in self._costs.items()}
         fixed = int(self._options.bucket_cap_mb * 2**20)
         caps = {"caps": (fixed,)} if fixed else {}
-        choice = choose(self._codecs, load, self._link, costs, asked=self._asked, **caps)
+        choice = choose(self._codecs, load, self._link, costs, **caps)
         # The first choice is made before a step was timed.
         alone = why_part(choice, load, self._link, self._options.sync_every) if self._part and compute else None
         if alone is not None and self._part is not None:
@@ -200,12 +201,13 @@ class Planner:
             return
         before, self.choice = self.choice, choice
         bucket = round(choice.cap_bytes / 2**20, 3)
-        self._tell("plan", codec=choice.codec, bucket_mb=bucket, reason=choice.reason)
+        reason = self._instead + choice.reason
+        self._tell("plan", codec=choice.codec, bucket_mb=bucket, reason=reason)
         if before is not None and (before.codec, before.cap_bytes) == (choice.codec, choice.cap_bytes):
             return
         self._reducer.rebuild(maker_for(self._options, self._wire, choice.codec), choice.cap_bytes)
-        if choice.codec != self._options.compression and self._wire.rank == 0:
-            _log.warning("%s", choice.reason)
+        if self._codecs != [self._options.compression] and self._wire.rank == 0:
+            _log.warning("%s", reason)
 
     @property
     def link(self) -> Link:

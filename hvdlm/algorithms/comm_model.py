@@ -112,11 +112,8 @@ def choose(
     link: Link,
     costs: Mapping[str, float],
     caps: Sequence[int] = CAPS_BYTES,
-    asked: str | None = None,
 ) -> Choice:
     """The codec and bucket size to take: of those within :data:`WORTH` of the fastest step, the most faithful codec.
-
-    One that was asked for is taken wherever no other is faster.
 
     Args:
         codecs: Allowed ones.
@@ -124,7 +121,6 @@ def choose(
         link: Over what.
         costs: Seconds of encoding and decoding at each step, by codec.
         caps: Bucket sizes to choose among, in bytes.
-        asked: The codec that was asked for, if any.
     """
     best = {}
     for codec in sorted(codecs, key=ORDER.index):
@@ -134,8 +130,6 @@ def choose(
     fastest = min(overhead for overhead, _ in best.values())
     limit = (load.compute + fastest) * (1 + WORTH) - load.compute
     codec = next(name for name, (overhead, _) in best.items() if overhead <= limit)
-    if asked is not None and best[asked][0] <= fastest:
-        codec = asked
     told = ", ".join(f"{name} {overhead * 1e3:,.0f}" for name, (overhead, _) in best.items())
     overhead, cap = best[codec][0], -best[codec][1]
     reason = (

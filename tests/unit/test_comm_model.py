@@ -52,11 +52,6 @@ def test_what_processors_move_hides_only_behind_others() -> None:
     assert step_overhead("none", many, link, 0.0, 2**20) < sent_bytes("none", GPT) / link.bandwidth / 2
 
 
-@pytest.mark.parametrize(("mbit", "wanted"), [(100, "fp16"), (1000, "fp16"), (20_000, "none")])
-def test_what_was_asked_for_is_taken_unless_it_costs_more_than_it_saves(mbit: float, wanted: str) -> None:
-    assert choose(["none", "fp16"], GPT, Link(0.001, mbit * MBIT), COSTS, asked="fp16").codec == wanted
-
-
 def test_bytes() -> None:
     assert sent_bytes("none", GPT) == 4 * GPT.num_elements
     assert sent_bytes("int8", GPT) == pytest.approx(GPT.num_elements * (1 + 4 / 256))

@@ -32,7 +32,9 @@ class Wire:
 class Run:
     """A planner that is told of steps; the clock and the link are made up."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, links: list[Link], **options: Any) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, links: list[Link], within_host: bool = False, **options: Any
+    ) -> None:
         self.clock, self.wire, self.watch = 0.0, Wire(), BackwardWatch()
         self.made: list[tuple[Any, float]] = []
         self.links = links
@@ -45,7 +47,7 @@ class Run:
         self.parted = 0
         parameters = [torch.nn.Parameter(torch.zeros(2048, 1024)) for _ in range(4)]
         self.planner = Planner(
-            self.reducer, self.wire, Options(**options), parameters, self.watch, self._event, self._part
+            self.reducer, self.wire, Options(**options), parameters, self.watch, self._event, self._part, within_host
         )  # type: ignore[arg-type]
 
     def _part(self) -> None:
@@ -53,7 +55,7 @@ class Run:
 
     def _costs(self, _: Any, codecs: list[str], __: Any) -> dict[str, float]:
         self.tried += codecs
-        return {codec: 0.0 if codec == "none" else 1e-9 for codec in codecs}
+        return dict.fromkeys(codecs, 1e-9)
 
     def _event(self, kind: str, **facts: Any) -> None:
         self.events.append({"event": kind, **facts})
@@ -106,15 +108,22 @@ def test_on_one_host_nothing_is_split_that_would_not_hide(monkeypatch: pytest.Mo
     assert run.made[-1][1] < 32 * 2**20
 
 
-def test_halves_travel_only_where_that_is_faster(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("codec", ["fp16", "bf16"])
+def test_halves_are_not_made_where_processors_move_every_byte(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, codec: str
 ) -> None:
-    assert Run(monkeypatch, [SLOW], compression="fp16").codec == "fp16"
-    assert caplog.messages == [], "as asked"
-    assert Run(monkeypatch, [FAST], compression="fp16").codec == "none"
-    assert caplog.messages[0].startswith("compression=none") and "fp16" in caplog.messages[0]
-    run = Run(monkeypatch, [FAST], compression="fp16", bucket_cap_mb=2.0)
-    assert run.codec == "none", "of one size of buckets too"
+    for link in (SLOW, FAST):
+        assert Run(monkeypatch, [link], compression=codec).codec == codec, "between hosts it is as asked"
+    assert caplog.messages == []
+    run = Run(monkeypatch, [FAST], within_host=True, compression=codec)
+    run.steps(4, 0.02)
+    assert run.codec == "none" and run.events[-1]["reason"] == caplog.messages[-1]
+    assert caplog.messages[0].startswith(
+        f"{codec} takes longer to code than it saves over Gloo on one host: compression=none"
+    )
+    assert Run(monkeypatch, [FAST], within_host=True, compression="int8").codec == "int8"
+    monkeypatch.setattr(Wire, "sums_halves", True)
+    assert Run(monkeypatch, [FAST], within_host=True, compression=codec).codec == codec, "MPI adds halves fast"
 
 
 def test_exact_leaves_nothing_to_choose_but_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
