@@ -97,6 +97,13 @@ def check(options: Options) -> None:
 def _check_sync(options: Options) -> None:
     if options.sync_every < 1:
         raise ConfigError(f"sync_every is {options.sync_every}; allowed: 1 or more (steps).")
+    if options.sync_warmup_steps < 0:
+        raise ConfigError(f"sync_warmup_steps is {options.sync_warmup_steps}; allowed: 0 or more (steps).")
+    if options.sync_warmup_steps and options.sync != "local":
+        raise ConfigError(
+            f'sync_warmup_steps={options.sync_warmup_steps} with sync="{options.sync}": it says when sync="local" begins.',
+            hint='set sync="local" (--sync local), or leave sync_warmup_steps out',
+        )
     if options.sync == "global" and options.outer_optimizer != "none":
         raise ConfigError(
             f'outer_optimizer="{options.outer_optimizer}" with sync="{options.sync}": there is no outer step.',
@@ -112,6 +119,12 @@ def _check_sync(options: Options) -> None:
             f'local_group="host" with sync="{options.sync}" and elastic={options.elastic}; it needs sync="local" and '
             "workers that stay.",
             hint='set sync="local" (--sync local) without elastic, or leave local_group out',
+        )
+    if options.local_group == "host" and options.sync_warmup_steps:
+        raise ConfigError(
+            f'local_group="host" with sync_warmup_steps={options.sync_warmup_steps}: only workers that train on their '
+            "own can begin together.",
+            hint="leave sync_warmup_steps or local_group out",
         )
     if not 0 < options.outer_lr <= 10:
         raise ConfigError(f"outer_lr is {options.outer_lr}; allowed: above 0, at most 10.")

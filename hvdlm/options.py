@@ -55,6 +55,9 @@ class Options:
     second where steps would take a quarter longer. With ``exact`` it stays."""
     sync_every: int = 50
     """With ``sync="local"``: optimizer steps between two synchronisations."""
+    sync_warmup_steps: int = 0
+    """With ``sync="local"``: so many optimizer steps are first made together, as under ``global``. A model that has
+    found its way loses less by parting (post-local SGD, Lin et al. 2020; DiLoCo too starts from a trained model)."""
     outer_optimizer: Literal["none", "nesterov"] = "none"
     """With ``sync="local"``: ``none`` averages the parameters; ``nesterov`` steps along the average move, with momentum
     (DiLoCo)."""

@@ -30,6 +30,7 @@ from hvdlm.adapters.keras_statistics import GlobalStatistics, replicated
 from hvdlm.adapters.keras_sync import Synchroniser
 from hvdlm.adapters.keras_totals import GraphTotals
 from hvdlm.adapters.keras_wire import KerasWire
+from hvdlm.adapters.residuals import parted, put_together
 from hvdlm.adapters.single import SingleCollectives
 from hvdlm.agreement import agree
 from hvdlm.algorithms.hashing import derive_seed
@@ -55,6 +56,7 @@ class KerasAdapter:
     def __init__(self) -> None:
         self._wire: KerasWire | None = None
         self._job: Job | None = None
+        self._pooled = False
         self._models: dict[int, tuple[str, Any, DistributedModel]] = {}
         self._optimizers: list[Any] = []
         self._sync = Synchroniser(lambda: [model for _, model, _ in self._models.values()])
@@ -245,16 +247,22 @@ class KerasAdapter:
 
     def pool(self, whole: bool) -> None:
         """See :class:`hvdlm.contracts.Adapter`."""
+        self._pooled = whole
         self._stateful()[2].pool()
+        if whole:
+            self._sync.pool(self.collectives)
 
     def capture(self, kept: Mapping[str, Any], old: Snapshot | None) -> Snapshot:
         """See :class:`hvdlm.contracts.Adapter`."""
-        return capture(*self._stateful(), {**kept, "sync": self._sync.state()}, old)
+        *_, job = self._stateful()
+        kept = {**kept, **parted(self._sync.state(), job.world.size, self._pooled)}
+        return capture(*self._stateful(), kept, old)
 
     def restore(self, snapshot: Snapshot, whole: bool, lr_factor: float) -> dict[str, Any]:
         """See :class:`hvdlm.contracts.Adapter`."""
+        *_, job = self._stateful()
         kept = restore(*self._stateful(), snapshot, whole, lr_factor)
-        self._sync.load_state(kept.pop("sync", {}))
+        self._sync.load_state(put_together(kept, job.world.size))
         return kept
 
     def _stateful(self) -> tuple[list[Any], list[Any], Job]:

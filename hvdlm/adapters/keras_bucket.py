@@ -7,13 +7,14 @@ inside a graph and eagerly. Every rank sees the same sums, so every rank takes t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from hvdlm.adapters.keras_codecs import Coder
 from hvdlm.adapters.keras_wire import KerasWire
+from hvdlm.contracts import Collectives
 
 __all__ = ["Buckets", "layout"]
 
@@ -66,6 +67,7 @@ class Buckets:
         """Whether sums go by other collectives, which need gradients whose sizes never change."""
         self._coders: dict[tuple[Any, ...], Coder] = {}
         self._exponents: dict[tuple[Any, ...], tf.Variable] = {}
+        self._given: Mapping[str, Mapping[str, Any]] = {}
 
     def sum(self, grads: Sequence[tf.Tensor], weight: tf.Tensor) -> list[tf.Tensor]:
         """Sum over ranks of weight * gradient, in the gradients' own types.
@@ -121,7 +123,27 @@ class Buckets:
             self._coders[key] = Coder(
                 self._wire, name, codec=self._codec, rank=self._rank, ratio=self._ratio, shapes=shapes, dtype=dtype
             )
+            with tf.init_scope():
+                self._coders[key].load_state(self._given)
         return self._coders[key]
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """What codecs remember between two steps; see :meth:`hvdlm.adapters.keras_codecs.Coder.state`."""
+        states = [coder.state() for coder in self._coders.values()]
+        return {what: {k: v for state in states for k, v in state[what].items()} for what in ("residuals", "warm")}
+
+    def load_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Go on from :meth:`state`, also in what is made when the first step is traced."""
+        self._given = {what: dict(state.get(what, {})) for what in ("residuals", "warm")}
+        for coder in self._coders.values():
+            coder.load_state(self._given)
+
+    def pool(self, collectives: Collectives) -> None:
+        """Share out among all workers what they have not sent yet. Every rank calls it."""
+        for coder in self._coders.values():
+            own = coder.residuals()
+            if own:
+                coder.load_residuals([collectives.allreduce(part) / self._wire.size for part in own])
 
     def _exponent_of(self, key: tuple[Any, ...]) -> tf.Variable:
         if key not in self._exponents:

@@ -6,7 +6,7 @@ What a codec remembers between steps is in variables. Every rank computes the sa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -210,6 +210,27 @@ class Coder:
         self._own.assign(np.pad(flat, (0, self._padded - self._length)))
         if self._kept is not None:
             self._kept.assign(tf.zeros_like(self._kept))
+
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """What is remembered between steps, by place in the bucket: this worker's residuals, and what all begin with."""
+        residuals = {f"{self._name}.{i}": part for i, part in enumerate(self.residuals())}
+        return {"residuals": residuals, "warm": {f"{self._name}.{i}": v.numpy() for i, v in self._warm.items()}}
+
+    def load_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Go on from :meth:`state`; what was not there, or has another shape, starts anew."""
+        residuals, warm = state.get("residuals", {}), state.get("warm", {})
+        parts = [residuals.get(f"{self._name}.{i}") for i in range(len(self._shapes))]
+        self.load_residuals(
+            [
+                np.zeros(shape) if part is None or np.shape(part) != shape else part
+                for part, shape in zip(parts, self._shapes, strict=True)
+            ]
+        )
+        for i, v in self._warm.items():
+            kept = warm.get(f"{self._name}.{i}")
+            if kept is not None and np.shape(kept) == tuple(v.shape):
+                v.assign(kept)
 
 
 def _positive(largest: tf.Tensor) -> tf.Tensor:

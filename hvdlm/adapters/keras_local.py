@@ -18,6 +18,7 @@ from hvdlm.adapters.keras_job import Job
 from hvdlm.adapters.keras_reducer import tensor_of
 from hvdlm.adapters.keras_state import is_random_state
 from hvdlm.adapters.keras_wire import KerasWire
+from hvdlm.contracts import Collectives
 
 __all__ = ["LocalSync"]
 
@@ -60,6 +61,7 @@ class LocalSync:
         )
         self._starts: dict[int, tuple[Any, tf.Variable]] = {}
         self._velocities: dict[int, tf.Variable] = {}
+        self._given: dict[str, Any] = {}
         with tf.init_scope():  # variables outlive the graph that is being traced
             self._steps = tf.Variable(0, dtype=tf.int64, trainable=False)
             self._seen = tf.Variable(job.seen.read_value(), trainable=False)
@@ -97,7 +99,8 @@ class LocalSync:
             for v in new:
                 self._starts[id(v)] = (v, tf.Variable(v.read_value(), trainable=False))
                 if self._options.outer_optimizer == "nesterov":
-                    self._velocities[id(v)] = tf.Variable(tf.zeros_like(v), trainable=False)
+                    velocity = self._velocity(len(self._velocities), v)
+                    self._velocities[id(v)] = tf.Variable(velocity, dtype=v.dtype, trainable=False)
 
     # Becoming one again.
 
@@ -156,15 +159,24 @@ class LocalSync:
     # State, between two synchronisations.
 
     def state(self) -> dict[str, Any]:
-        """What the outer optimizer remembers, by number of the variable."""
-        return {str(i): v.numpy() for i, v in enumerate(self._velocities.values())}
+        """What the codec remembers, and the outer optimizer, by number of the variable."""
+        return {**self._moves.state(), "velocity": {str(i): v.numpy() for i, v in enumerate(self._velocities.values())}}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state`; variables are the restored ones, equal on every rank."""
+        self._moves.load_state(state)
+        self._given = dict(state.get("velocity", {}))
         for i, v in enumerate(self._velocities.values()):
-            given = state.get(str(i))
-            v.assign(tf.zeros_like(v) if given is None else np.asarray(given).reshape(v.shape))
+            v.assign(self._velocity(i, v))
         self._restart()
+
+    def _velocity(self, number: int, like: tf.Tensor) -> Any:
+        given = self._given.get(str(number))
+        return tf.zeros_like(like) if given is None else np.asarray(given).reshape(like.shape)
+
+    def pool(self, collectives: Collectives) -> None:
+        """See :meth:`hvdlm.adapters.keras_bucket.Buckets.pool`."""
+        self._moves.pool(collectives)
 
 
 def _times(grad: Any, factor: tf.Tensor) -> Any:

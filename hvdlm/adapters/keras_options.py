@@ -26,6 +26,7 @@ def refuse_options(options: Options, backend: str) -> None:
     given = {
         "sync": options.sync == "auto" or (options.sync == "local" and backend == "torch"),
         "local_group": options.local_group != "worker",
+        "sync_warmup_steps": options.sync_warmup_steps > 0,
         "prune": options.prune != "none" and backend == "torch",
         "key": options.key != "none",
         "weight": callable(options.weight) and backend == "tensorflow",
@@ -46,6 +47,7 @@ def _refuse_under_keras_2(options: Options) -> None:
         "balance": options.balance == "dynamic",
         "sync": options.sync != "global",
         "local_group": options.local_group != "worker",
+        "sync_warmup_steps": options.sync_warmup_steps > 0,
         "prune": options.prune != "none",
         "weight": callable(options.weight),
         "key": options.key != "none",

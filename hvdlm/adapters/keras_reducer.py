@@ -18,6 +18,7 @@ from keras.src.optimizers.base_optimizer import BaseOptimizer
 
 from hvdlm.adapters.keras_bucket import Buckets
 from hvdlm.adapters.keras_wire import KerasWire
+from hvdlm.contracts import Collectives
 from hvdlm.options import Options
 
 __all__ = ["ApplyWatch", "Reducer", "tensor_of"]
@@ -143,6 +144,18 @@ class Reducer:
             ratio=options.topk_ratio,
             cap_bytes=bucket_cap_bytes,
         )
+
+    def state(self) -> dict[str, Any]:
+        """What the codec remembers between two steps."""
+        return self._buckets.state()
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state`."""
+        self._buckets.load_state(state)
+
+    def pool(self, collectives: Collectives) -> None:
+        """See :meth:`hvdlm.adapters.keras_bucket.Buckets.pool`."""
+        self._buckets.pool(collectives)
 
     def weighted(self, loss: Any) -> Any:
         """The loss times what this worker's gradient counts, which :meth:`reduce` then leaves alone."""

@@ -14,6 +14,7 @@ from hvdlm.adapters.keras_optimizers import scale_learning_rate
 from hvdlm.adapters.keras_prune import Pruner
 from hvdlm.adapters.keras_reducer import Reducer, tensor_of
 from hvdlm.adapters.keras_wire import KerasWire
+from hvdlm.contracts import Collectives
 from hvdlm.options import Options
 
 __all__ = ["Synchroniser"]
@@ -30,6 +31,7 @@ class Synchroniser:
         self._models = models
         self._parts: list[Reducer | LocalSync] = []
         self._pruners: dict[int, Pruner] = {}
+        self._given: Mapping[str, Any] = {}
 
     def of(self, optimizer: Any, job: Job, wire: KerasWire) -> Reducer | LocalSync:
         """The part of an optimizer; made when first asked for, with replicas equal."""
@@ -57,6 +59,7 @@ class Synchroniser:
             )
         self._parts.append(made)
         with tf.init_scope():
+            self._load(made)
             scale_learning_rate(optimizer, job.options, job.world)
         return made
 
@@ -116,8 +119,9 @@ class Synchroniser:
         return [v for part in self._parts for v in part.optimizer.variables]
 
     def state(self) -> dict[str, Any]:
-        """What outer optimizers remember between two synchronisations."""
+        """What codecs and outer optimizers remember between two steps, or two synchronisations."""
         return {
+            "reducers": [part.state() for part in self._parts if isinstance(part, Reducer)],
             "locals": [part.state() for part in self._locals],
             "pruners": [pruner.state() for pruner in self._pruners.values()],
         }
@@ -126,6 +130,17 @@ class Synchroniser:
         """Go on from :meth:`state`; what was not there before starts anew."""
         for pruner, kept in zip(self._pruners.values(), state.get("pruners", ()), strict=False):
             pruner.load_state(kept)
-        velocities = state.get("locals", ())
-        for i, part in enumerate(self._locals):
-            part.load_state(velocities[i] if i < len(velocities) else {})
+        self._given = state
+        for part in self._parts:
+            self._load(part)
+
+    def _load(self, part: Reducer | LocalSync) -> None:
+        alike = [one for one in self._parts if type(one) is type(part)]
+        states = self._given.get("locals" if isinstance(part, LocalSync) else "reducers", ())
+        number = alike.index(part)
+        part.load_state(states[number] if number < len(states) else {})
+
+    def pool(self, collectives: Collectives) -> None:
+        """Share out among all workers what their codecs have not sent yet. Every rank calls it."""
+        for part in self._parts:
+            part.pool(collectives)

@@ -28,7 +28,7 @@ from hvdlm.adapters.torch_objects import (
     signature_of,
 )
 from hvdlm.adapters.torch_replicas import Replicas, start_alike
-from hvdlm.adapters.torch_residuals import parted, put_together
+from hvdlm.adapters.residuals import parted, put_together
 from hvdlm.adapters.torch_state import digest
 from hvdlm.adapters.torch_sync import Job, Synchroniser
 from hvdlm.adapters.torch_weight import Weigher

@@ -46,6 +46,7 @@ class LocalSync:
         synced: Called after each synchronisation, at the same place on every rank.
         alone: Whether each worker trains on its own; else what weighs gradients is elsewhere.
         asleep: Whether replicas are kept equal otherwise, until :meth:`wake`.
+        part: Called after ``sync_warmup_steps`` steps of that: replicas are to be left to themselves.
     """
 
     def __init__(
@@ -58,8 +59,11 @@ class LocalSync:
         synced: Sequence[Callable[[], None]],
         alone: bool = True,
         asleep: bool = False,
+        part: Callable[[], None] = lambda: None,
     ) -> None:
-        self._alone, self.asleep = alone, asleep
+        self._alone, self.asleep, self._part = alone, asleep, part
+        self.together = 0
+        """Steps that were made together before replicas parted."""
         self._options, self._wire, self._size, self._synced = options, wire, size, synced
         self._make_bucket = make_bucket
         self._dormant: list[tuple[str, torch.nn.Parameter]] = []
@@ -118,6 +122,14 @@ class LocalSync:
         self._stepped += 1
         if optimizer is self._optimizers[0]:
             self._steps += 1
+            self._warm_up(1)
+
+    def _warm_up(self, steps: int) -> None:
+        """So many steps more were made together: part if that is enough. All ranks count alike."""
+        if self.asleep:
+            self.together += steps
+            if 0 < self._options.sync_warmup_steps <= self.together:
+                self._part()
 
     def before_backward(self, _: object = None) -> None:
         """A backward starts: in a script that draws its batches by hand, the step before is complete."""
@@ -130,6 +142,7 @@ class LocalSync:
         if not self._optimizers:
             self._steps += 1
             self._stepped += 1
+            self._warm_up(1)
 
     def _wake(self) -> None:
         awake = [pair for pair in self._dormant if pair[1].requires_grad]
@@ -252,6 +265,10 @@ class LocalSync:
             part.velocity = None if kept is None else kept.clone()
         restore_residuals(self._buckets, self._names(), {k: v for k, v in state.items() if k != "velocity"})
         self.restart()
+
+    def resume(self, together: int) -> None:
+        """Go on where so many steps had been made together."""
+        self._warm_up(together - self.together)
 
     def pool(self) -> None:
         """See :func:`hvdlm.adapters.torch_coded.pool`."""

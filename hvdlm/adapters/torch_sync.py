@@ -97,7 +97,7 @@ class Synchroniser:
         options = job.options
         if options.sync != "global":
             self._add_local(groups, models, job)
-        if options.sync != "local" and groups:
+        if (options.sync != "local" or options.sync_warmup_steps) and groups:
             reducer = Reducer(
                 groups,
                 wire=job.wire,
@@ -114,7 +114,7 @@ class Synchroniser:
                 Planner(reducer, job.wire, options, plain, self._watch, tell, part, within_host)
             reducer.share = self._share
             self._reducers.append(reducer)
-        if options.sync != "local":
+        if options.sync != "local" or options.sync_warmup_steps:
             self._watch.after.append(lambda: self._tell(job.recorder))
 
     def _shared(self, options: Options) -> dict[str, Any]:
@@ -138,7 +138,8 @@ class Synchroniser:
                 make_bucket=maker_for(options, job.wire, "none" if options.compression == "auto" else None),
                 synced=[self._prune_synced, job.recorder.reduced],
                 alone=self._host is None,
-                asleep=options.sync == "auto",
+                asleep=options.sync == "auto" or options.sync_warmup_steps > 0,
+                part=self._part,
             )
             self._watch.before.append(self._local.before_backward)
             self._watch.after.append(self._local.after_backward)
@@ -148,7 +149,7 @@ class Synchroniser:
             self._reducers.append(HostReducer(groups, self._host, make_bucket=whole, **self._shared(options)))
 
     def _part(self) -> None:
-        """A backward has ended, and gradients at every step cost too much: from now on replicas meet now and then."""
+        """All ranks have made the same steps until now; from now on replicas meet now and then."""
         assert self._local is not None
         for reducer in self._reducers:
             reducer.remove()
@@ -165,7 +166,7 @@ class Synchroniser:
     def norms(self, job: Job) -> SyncBatchNorms | None:
         """BatchNorm over all that compute one batch together; None where each worker does so alone."""
         host, mean = self._host, job.options.reduction == "mean"
-        if job.options.batch_norm == "local" or (job.options.sync == "local" and host is None):
+        if job.options.batch_norm == "local" or (self.alone and host is None):
             return None
         wire = job.wire if host is None else host.wire
         own = (lambda: self._share) if host is None else (lambda: host.share)
@@ -251,7 +252,7 @@ class Synchroniser:
 
     def _tell(self, recorder: Recorder) -> None:
         count = sum(reducer.reductions for reducer in self._reducers)
-        if count != self._told:
+        if count > self._told:
             self._told = count
             recorder.reduced()
 
@@ -261,7 +262,8 @@ class Synchroniser:
         """What codecs, outer optimizers and masks remember between two steps."""
         return {
             "reducers": [reducer.state_dict() for reducer in self._reducers],
-            "local": None if self._local is None else self._local.state_dict(),
+            "locals": [] if self._local is None else [self._local.state_dict()],
+            "together": 0 if self._local is None else self._local.together,
             "pruner": None if self._pruner is None else self._pruner.state_dict(),
         }
 
@@ -279,7 +281,8 @@ class Synchroniser:
         for reducer, own in zip(self._reducers, state.get("reducers", ()), strict=False):
             reducer.load_state_dict(own)
         if self._local is not None:
-            self._local.load_state_dict(state.get("local") or {})
+            self._local.load_state_dict(next(iter(state.get("locals", ())), {}))
+            self._local.resume(state.get("together", 0))
 
     def remove(self) -> None:
         """Take all hooks off."""

@@ -16,8 +16,8 @@ from hvdlm.errors import BuildError
 __all__ = ["HOROVOD", "LABEL", "MENDS", "Edit", "Mend", "apply_mends", "digest", "select_mends"]
 
 HOROVOD = "0.28.1"
-LABEL = "hvdlm1"
-"""Local version label of a wheel built with this set of mends: ``0.28.1+hvdlm1``."""
+LABEL = "hvdlm2"
+"""Local version label of a wheel built with this set of mends: ``0.28.1+hvdlm2``."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,41 @@ MENDS = (
             ),
         ),
         needs="avx",
+    ),
+    Mend(
+        "gloo-duplex",
+        "Gloo announced what it sends before what it receives; the announcement then queued behind the data, and two "
+        "workers that exchange large tensors sent one after the other instead of at once",
+        (
+            Edit(
+                "third_party/gloo/gloo/alltoallv.cc",
+                "    int sendRank = (myRank + i) % worldSize;\n"
+                "    int recvRank = (myRank + worldSize - i) % worldSize;\n"
+                "    in->send(\n"
+                "        sendRank, slot, inOffsetPerRank[sendRank], inLengthPerRank[sendRank]);\n"
+                "    out->recv(\n"
+                "        recvRank, slot, outOffsetPerRank[recvRank], outLengthPerRank[recvRank]);\n"
+                "  }\n",
+                "    int recvRank = (myRank + worldSize - i) % worldSize;\n"
+                "    out->recv(\n"
+                "        recvRank, slot, outOffsetPerRank[recvRank], outLengthPerRank[recvRank]);\n"
+                "  }\n"
+                "  for (int i = 1; i < worldSize; i++) {\n"
+                "    int sendRank = (myRank + i) % worldSize;\n"
+                "    in->send(\n"
+                "        sendRank, slot, inOffsetPerRank[sendRank], inLengthPerRank[sendRank]);\n"
+                "  }\n",
+            ),
+            Edit(
+                "third_party/gloo/gloo/allgatherv.cc",
+                "      out->send(sendRank, slot, byteOffsets[sendIndex], byteCounts[sendIndex]);\n"
+                "      out->recv(recvRank, slot, byteOffsets[recvIndex], byteCounts[recvIndex]);\n"
+                "      continue;\n",
+                "      out->recv(recvRank, slot, byteOffsets[recvIndex], byteCounts[recvIndex]);\n"
+                "      out->send(sendRank, slot, byteOffsets[sendIndex], byteCounts[sendIndex]);\n"
+                "      continue;\n",
+            ),
+        ),
     ),
     Mend(
         "gloo-interface",

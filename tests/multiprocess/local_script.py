@@ -120,7 +120,7 @@ def played(
                         own.copy_(new)
         counts, steps = [0] * size, 0
 
-    together_left = LOOKS if options.get("sync") == "auto" else 0
+    together_left = LOOKS if options.get("sync") == "auto" else options.get("sync_warmup_steps", 0)
     for _ in range(EPOCHS):
         for at in range(0, samples, BATCH):
             if steps == EVERY:
@@ -132,8 +132,9 @@ def played(
                     optimizer.zero_grad()
                     loss_of(worker, x, y, "mean").backward()
                     optimizer.step()
-                # The last of these steps is the first that counts: the choice is made between backward and step.
-                steps = int(not together_left)
+                # The planner chooses between backward and step: the last of these steps is the first that counts.
+                steps = int(not together_left and options.get("sync") == "auto")
+                shared.load_state_dict(workers[0].state_dict() if not steps else shared.state_dict())
                 continue
             ends = np.cumsum([0, *split_shares(len(x), [1.0] * hvdlm.size())])[bounds]
             for i, (worker, optimizer) in enumerate(zip(workers, optimizers, strict=True)):
@@ -163,7 +164,11 @@ CASES: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], dict[str, Any]]] 
     "small_buckets": (lambda p: torch.optim.SGD(p, **SGD), {"bucket_cap_mb": 0.001}),
     "going_over": (lambda p: torch.optim.SGD(p, **SGD), {"sync": "auto"}),  # over a link that is said to be slow
 }
-OF_HOSTS = [name for name in CASES if name not in ("small_buckets", "going_over")]
+CASES["together_first"] = (
+    lambda p: torch.optim.AdamW(p, lr=0.01),
+    {**NESTEROV, "sync_warmup_steps": 9, "norm": True, "samples": 42},  # into the second epoch
+)
+OF_HOSTS = [name for name in CASES if name not in ("small_buckets", "going_over", "together_first")]
 LOOKS = 4
 """Steps after which the planner knows how long computing takes."""
 

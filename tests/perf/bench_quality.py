@@ -8,7 +8,8 @@ A GPT of one million parameters on the text that ships with Python, by bytes; 2 
 each step, AdamW, learning rate 1e-3 with a warm-up of 100 steps and a cosine to a tenth. All modes see the same samples
 in the same order. Workers that train on their own step along the gradients of half a batch, and the mean of their moves
 is shorter than each: the *tuned* modes have twice the learning rate, average Adam's moments, and an outer momentum of
-0.5, since 0.9 takes longer to build up than there are outer steps. Each run is a line of
+0.5, since 0.9 takes longer to build up than there are outer steps. The *late* modes make 1,000 steps together first, at
+the plain learning rate. Each run is a line of
 ``tests/perf/results/quality.jsonl``; a run that is there is not made again.
 
 The plot has seconds on its axis: steps times the seconds of a step between two hosts over 100 Mbit. ``--seconds``
@@ -51,12 +52,21 @@ MODES = {
     "powersgd, rank 16": ["--compression", "powersgd", "--powersgd-rank", "16"],
     "local SGD, H = 8": ["--sync", "local", "--sync-every", "8"],
     "local SGD, H = 8, tuned": ["--sync", "local", "--sync-every", "8", "--local-moments", "average"],
+    "local SGD, H = 8, late": [
+        *("--sync", "local", "--sync-every", "8", "--local-moments", "average", "--sync-warmup-steps", "1000"),
+    ],
     "DiLoCo, H = 50": ["--sync", "local", "--sync-every", "50", "--outer-optimizer", "nesterov"],
     "DiLoCo, H = 50, tuned": [
         *("--sync", "local", "--sync-every", "50", "--local-moments", "average"),
         *("--outer-optimizer", "nesterov", "--outer-momentum", "0.5"),
     ],
+    "DiLoCo, H = 50, late": [
+        *("--sync", "local", "--sync-every", "50", "--local-moments", "average", "--sync-warmup-steps", "1000"),
+        *("--outer-optimizer", "nesterov", "--outer-momentum", "0.5"),
+    ],
 }
+LATE = 1000
+"""Steps that the *late* modes make together first."""
 TUNED_RATE = 2.0
 
 
@@ -139,6 +149,8 @@ def measure_seconds() -> None:
     """Seconds of a step in each mode, between two hosts over 100 Mbit. The steps that count hold one of 50."""
     seconds = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
     for mode, options in MODES.items():
+        if mode.endswith("late"):
+            continue  # steps of two kinds, which other modes have
         with tempfile.TemporaryDirectory() as made, lab(Path(made), 2, "100mbit") as up:
             result = Path(made) / "result.json"
             flags = ["-np", "2", "-H", "h1:1,h2:1", "--network-interfaces", "eth0", "--run-dir", f"{made}/run"]
@@ -153,6 +165,14 @@ def measure_seconds() -> None:
         SECONDS.write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
 
 
+def seconds_at(step: int, mode: str, seconds: dict[str, float]) -> float:
+    """When a step is reached."""
+    if not mode.endswith("late"):
+        return step * seconds[mode]
+    first = min(step, LATE)
+    return first * seconds["none"] + (step - first) * seconds[mode.removesuffix(", late")]
+
+
 def plot(path: Path, steps: int) -> None:
     """Validation loss against seconds of training over 100 Mbit, the mean over seeds."""
     from matplotlib.figure import Figure
@@ -162,8 +182,8 @@ def plot(path: Path, steps: int) -> None:
     axes = figure.subplots()
     for mode in MODES:
         curves = [run["curve"] for run in made() if run["mode"] == mode and run["steps"] == steps]
-        if curves and mode in seconds:
-            at = [step * seconds[mode] for step, _ in curves[0]]
+        if curves:
+            at = [seconds_at(step, mode, seconds) for step, _ in curves[0]]
             axes.plot(at, np.mean([[loss for _, loss in curve] for curve in curves], axis=0), label=mode)
     axes.set(
         xlabel="seconds (steps x measured seconds of a step over 100 Mbit)", ylabel="validation loss", xscale="log"

@@ -13,7 +13,7 @@ from hvdlm.adapters.fake import FakeJob, ThreadCollectives
 from hvdlm.adapters.torch_capture import _made, copy_to, leaf_of
 from hvdlm.adapters.torch_coded import CodedBucket, bucket_maker, capture, pool, restore
 from hvdlm.adapters.torch_journeys import Exchange, TopK
-from hvdlm.adapters.torch_residuals import parted, put_together
+from hvdlm.adapters.residuals import parted, put_together
 from hvdlm.algorithms.codecs import CODECS, Codec, decode, encode, exchange_sum, redistribute, topk, topk_sum
 from hvdlm.algorithms.hashing import derive_seed
 from hvdlm.algorithms.powersgd import matrix_shape, orthonormal, powersgd_sum, start, warm
@@ -452,7 +452,7 @@ def test_a_worker_that_joins_gets_no_copy_of_what_another_has_not_sent(codec: st
         state = capture([bucket], {id(p): names[i] for i, p in enumerate(parameters)})
         owed = {name: value.clone() for name, value in state["residuals"].items()}
         gather = Gatherer(leaf_of, copy_to)
-        kept = parted({"reducers": [state], "local": None}, wire.size, pooled)
+        kept = parted({"reducers": [state], "locals": []}, wire.size, pooled)
         tree = {"kept": {name: gather.add(value, name) for name, value in kept.items()}}
         made = gather.pack(tree, None)
         made.number = 9

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from hvdlm.state.snapshot import OWN
 
 __all__ = ["parted", "put_together"]
@@ -20,7 +18,7 @@ _POOLED = "pooled"
 
 
 def parted(state: dict[str, Any], size: int, pooled: bool) -> dict[str, Any]:
-    """The state of a :class:`hvdlm.adapters.torch_sync.Synchroniser`, as it is kept by name.
+    """The state of a synchroniser of either framework, as it is kept by name.
 
     Args:
         state: Its residuals are copies.
@@ -43,8 +41,8 @@ def put_together(kept: dict[str, Any], size: int) -> dict[str, Any]:
 
 
 def _parts(state: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [part for part in (*state.get("reducers", ()), state.get("local")) if part is not None]
+    return [part for part in (*state.get("reducers", ()), *state.get("locals", ())) if part is not None]
 
 
-def _times(residuals: list[dict[str, torch.Tensor]], factor: float) -> list[dict[str, torch.Tensor]]:
+def _times(residuals: list[dict[str, Any]], factor: float) -> list[dict[str, Any]]:
     return [{name: value * factor for name, value in part.items()} for part in residuals]
