@@ -211,7 +211,6 @@ class Coder:
         if self._kept is not None:
             self._kept.assign(tf.zeros_like(self._kept))
 
-
     def state(self) -> dict[str, dict[str, Any]]:
         """What is remembered between steps, by place in the bucket: this worker's residuals, and what all begin with."""
         residuals = {f"{self._name}.{i}": part for i, part in enumerate(self.residuals())}

@@ -165,6 +165,11 @@ class Planner:
                 self._usual_wait = None
             self._clear()
 
+    def pause(self, seconds: float) -> None:
+        """So long something else ran between two steps: that is no computing of theirs."""
+        if self._ended:
+            self._ended += seconds
+
     def _replan(self, measured: bool) -> None:
         if not measured:
             self._link = measure_link(self._wire, self._wire.size, self._within_host)

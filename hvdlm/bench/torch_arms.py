@@ -88,7 +88,10 @@ class Arms:
         return "none" if self._wire is None else "MPI" if self._wire.sums_halves else "Gloo"
 
     def step(self, name: str) -> Step:
-        """A training step: ``plain``, ``local``, ``horovod``, ``horovod-fp16``, ``ddp``, or the name of a codec."""
+        """A training step: ``plain``, ``horovod``, ``horovod-fp16``, ``ddp``, the name of a codec, or ``local``.
+
+        ``local-`` before the name of a codec: what workers have moved travels by that.
+        """
         torch.manual_seed(0)
         model = Gpt()
         ids = torch.randint(_VOCABULARY, (self._batch, _LENGTH + 1))
@@ -100,7 +103,7 @@ class Arms:
         elif name == "ddp":
             wrapped = torch.nn.parallel.DistributedDataParallel(_Loss(model), process_group=self._group())
             loss_of = lambda: wrapped(ids)  # noqa: E731
-        elif name not in ("plain", "local"):
+        elif name != "plain" and not name.startswith("local"):
             around = self._hvdlm(name, list(model.named_parameters()))
 
         def step() -> None:
@@ -110,13 +113,15 @@ class Arms:
                 loss.backward()
                 optimizer.step()
 
-        return self._local(step, model, optimizer) if name == "local" else step
+        if name.startswith("local"):
+            return self._local(step, model, optimizer, _codec(name.partition("-")[2] or "none"))
+        return step
 
-    def _local(self, step: Callable[[], None], model: Gpt, optimizer: torch.optim.Optimizer) -> Step:
+    def _local(self, step: Callable[[], None], model: Gpt, optimizer: torch.optim.Optimizer, codec: Any) -> Step:
         """A step of a worker that trains alone, with its part of the synchronisation that comes every so many."""
         if self._wire is None:
             return step
-        options = Options(sync="local", **self._options)
+        options = Options(sync="local", compression=codec, **self._options)
         make = maker_for(options, self._wire)
         local = LocalSync(options=options, wire=self._wire, size=self.world.size, make_bucket=make, synced=[])
         local.add(list(model.named_parameters()), [model])
@@ -177,14 +182,20 @@ class Arms:
             )
         watch.install()
         watched, autograd.backward = autograd.backward, own
+        left = time.perf_counter()
 
         @contextlib.contextmanager
         def around() -> Any:
+            nonlocal left
+            planner = self.planners.get(name)
+            if planner is not None:
+                planner.pause(time.perf_counter() - left)
             autograd.backward = watched
             try:
                 yield
             finally:
                 autograd.backward = own
+                left = time.perf_counter()
 
         return around
 

@@ -51,7 +51,7 @@ def _step_flags(function: Callable[..., None]) -> Callable[..., None]:
     batch = click.option(
         "--batch", default=4, show_default=True, type=click.IntRange(1), help="Sequences a worker and step."
     )
-    text = 'Also sync="local" with so many steps between synchronisations: each step is charged its part of one.'
+    text = 'Also sync="local", so many steps between synchronisations (as is, and int8), each step charged its part.'
     return batch(click.option("--sync-every", type=click.IntRange(1), help=text)(function))
 
 
@@ -80,7 +80,7 @@ def _measure(kind: str, num_proc: int, params: dict[str, Any], **more: Any) -> A
     options = {"bucket_cap_mb": params["bucket_cap_mb"]} if params["bucket_cap_mb"] else {}
     if params.get("sync_every"):
         options["sync_every"] = params["sync_every"]
-        codecs.append("local")
+        codecs += ["local", "local-int8"]
     spec = {
         "kind": kind,
         "arms": [*(["plain"] if kind == "step" else []), *codecs, *peers],

@@ -15,13 +15,17 @@ _OURS = ("run", "hosts", "output", "slow", "final.pt", "final.npz", "checkpoints
 """What a job of these tests may leave in its directory."""
 
 
-def complaint(ended: Ended, wanted: dict[str, Any], counted: bool = True) -> str | None:
+def complaint(
+    ended: Ended, wanted: dict[str, Any], counted: bool = True, parameters: float = 5e-5, loss: float = 1e-3
+) -> str | None:
     """What is wrong with it, None if nothing: complete, every sample once, the model of an undisturbed run.
 
     Args:
         ended: The job.
         wanted: The end of a training in one process that nothing disturbed.
         counted: Whether its data is such that samples can be told apart; else the model alone tells.
+        parameters: How far each may be from the wanted one, of its norm.
+        loss: How far the loss may be from the wanted one, of it.
     """
     if ended.code != 0:
         return f"exit code {ended.code}:\n{ended.output}"
@@ -39,10 +43,10 @@ def complaint(ended: Ended, wanted: dict[str, Any], counted: bool = True) -> str
     own = load(ended.directory)
     for name, value in wanted["model"].items():
         error = np.linalg.norm(own["model"][name] - value) / np.linalg.norm(value)
-        if not error <= 5e-5:
+        if not error <= parameters:
             return f"{name} differs by {error}\n{ended.output}"
     for name in ("best", "lr"):
-        if not np.allclose(own[name], wanted[name], rtol=1e-3):
+        if not np.allclose(own[name], wanted[name], rtol=loss):
             return f"{name} is {own[name]}, not {wanted[name]}\n{ended.output}"
     return None
 

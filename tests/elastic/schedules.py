@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def _fault(worker: int | None, at: str, how: str, number: int = 0) -> dict[str, 
     return {"worker": worker, "at": at, "how": how, "number": number}
 
 
-def play(plan: dict[str, Any], directory: Path, script: str, limit: float = 240) -> Ended:
+def play(plan: dict[str, Any], directory: Path, script: str, limit: float = 240, more: Sequence[str] = ()) -> Ended:
     """Run a job to whose workers this happens.
 
     A job that loses all workers that hold the state ends, and is started again from its checkpoint, as a person would.
@@ -98,7 +99,7 @@ def play(plan: dict[str, Any], directory: Path, script: str, limit: float = 240)
     path = directory / "hosts"
     _write(path, hosts)
     flags = ["--min-np", "1", "--max-np", "4", "--hostfile", "hosts", "--hang-timeout", "8", "--elastic-timeout", "90"]
-    flags += ["--checkpoint-dir", "checkpoints", "--checkpoint-every", "14"]
+    flags += ["--checkpoint-dir", "checkpoints", "--checkpoint-every", "14", *more]
     acts = [(change["after"], change) for change in plan["changes"] + plan["signals"]]
     environment = {"PAUSE": "0.05", **({"ALL_MAY_FAIL": "1"} if plan["kind"] == "all" else {})}
     with Job(directory, script, flags, plan["faults"], environment) as job:

@@ -29,7 +29,7 @@ def test_a_step_under_codecs_horovod_and_ddp(tmp_path: Path) -> None:
     words = ["--gloo", "--rounds", "2", "--codec", "int8,auto", "--compare", "horovod,ddp", "--sync-every", "50"]
     found = bench(tmp_path, "step", *words)
     assert (found["workers"], found["controller"]) == (2, "Gloo")
-    assert list(found["steps"]) == ["plain", "int8", "auto", "local", "horovod", "horovod-fp16", "ddp"]
+    assert list(found["steps"]) == ["plain", "int8", "auto", "local", "local-int8", "horovod", "horovod-fp16", "ddp"]
     assert all(len(times) == 2 and min(times) > 0 for times in found["steps"].values())
     assert found["plans"]["int8"].startswith("compression=int8, buckets of ")
     assert "powersgd" in found["plans"]["auto"], "it weighed all of them"

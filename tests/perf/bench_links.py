@@ -4,7 +4,8 @@
     python tests/perf/bench_links.py --rate 10mbit --codec int8,powersgd,topk,auto --rounds 4
     python tests/perf/bench_links.py --rate lo --controller mpi
 
-``local`` is sync="local" with 50 steps between two synchronisations, a fiftieth of one added to each step.
+``local`` is sync="local" with 50 steps between two synchronisations, a fiftieth of one added to each step;
+``local-int8`` the same, and what workers have moved travels as int8.
 Each figure is the median ratio of a step to one without communication, from ``hvdlm bench step``, with its 95 %
 bootstrap interval. Use an otherwise idle machine.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 from typing import Any
 
@@ -10,13 +11,16 @@ import pytest
 import tensorflow as tf
 
 from hvdlm.adapters.fake import FakeJob, ThreadCollectives
+from hvdlm.adapters.keras_bucket import Buckets
 from hvdlm.adapters.keras_codecs import Coder, decode, encode
 from hvdlm.adapters.keras_reducer import Reducer
+from hvdlm.adapters.residuals import parted, put_together
 from hvdlm.algorithms import codecs
 from hvdlm.algorithms.codecs import CODECS, exchange_sum, redistribute, topk_sum
 from hvdlm.algorithms.hashing import derive_seed
 from hvdlm.algorithms.powersgd import powersgd_sum, start
 from hvdlm.options import Options
+from hvdlm.state.snapshot import OWN
 
 SHAPES = [(96, 64), (7,), (), (5, 2, 64)]
 LENGTH = sum(int(np.prod(shape)) for shape in SHAPES)
@@ -130,6 +134,54 @@ def test_residuals_go_over_to_another_number_of_workers(name: str) -> None:
     after = run(name, 2, zero, state)
     left = np.sum([np.concatenate([part.reshape(-1) for part in residuals]) for _, residuals in after], axis=0)
     np.testing.assert_allclose(before[0][0][0] + after[0][0][0] + left, np.sum(own[0], axis=0), atol=1e-9)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("name", ["int8", "topk", "powersgd"])
+def test_what_is_not_sent_yet_goes_on_with_the_job(name: str, pooled: bool) -> None:
+    """Two workers commit, a third comes: nothing is lost, nothing sent twice, and PowerSGD goes on where it was."""
+    shapes, cap = SHAPES[:2], 300.0  # two buckets
+    own = [[np.random.default_rng(9 * r + i).standard_normal(s) for i, s in enumerate(shapes)] for r in range(3)]
+
+    def buckets_of(collectives: ThreadCollectives) -> Buckets:
+        wire: Any = ThreadWire(collectives)
+        return Buckets(wire, "b", codec=name, rank=4, ratio=0.1, cap_bytes=cap)
+
+    def commit(collectives: ThreadCollectives) -> Any:
+        buckets = buckets_of(collectives)
+        sums = buckets.sum([tf.constant(g) for g in own[collectives.rank]], tf.constant(1.0, tf.float64))
+        if pooled:
+            buckets.pool(collectives)
+        return [s.numpy() for s in sums], parted({"reducers": [buckets.state()], "locals": []}, 2, pooled)
+
+    before = FakeJob(2).run(commit)
+
+    def go_on(collectives: ThreadCollectives) -> Any:
+        kept = copy.deepcopy(before[min(collectives.rank, 1)][1])
+        if collectives.rank == 2 and not pooled:  # what a commit of another holds of its own is set to zero
+            kept[OWN] = [{key: 0.0 * part for key, part in parts.items()} for parts in kept[OWN]]
+        buckets = buckets_of(collectives)
+        buckets.load_state(put_together(kept, 3)["reducers"][0])
+        zeros = [tf.zeros(shape, tf.float64) for shape in shapes]
+        sums = buckets.sum(zeros, tf.constant(1.0, tf.float64))
+        return [s.numpy() for s in sums], buckets.state()
+
+    after = FakeJob(3).run(go_on)
+    keys = {part.shape: key for key, part in after[0][1]["residuals"].items()}
+    for i, shape in enumerate(shapes):
+        owed = sum(state["residuals"][keys[shape]] for _, state in after)
+        sent = before[0][0][i] + after[0][0][i]
+        np.testing.assert_allclose(sent + owed, own[0][i] + own[1][i], atol=1e-9)
+    if name == "powersgd":
+        first, then = before[0][1]["sync"]["reducers"][0]["warm"], after[0][1]["warm"]
+        fresh = start(derive_seed("powersgd", "b.1", 0), 64, 4)
+        (key,) = first
+        assert np.abs(first[key] - fresh).max() > 0.1
+        # The second step turned what the first had found, not what all begin with.
+        left = own[0][0] + own[1][0] - before[0][0][0]
+        basis = np.linalg.qr(left @ first[key]).Q
+        wanted = left.T @ basis
+        np.testing.assert_allclose(then[key], wanted / np.abs(wanted).max(0), atol=1e-6)
 
 
 @pytest.mark.parametrize("cap", [1e9, 300])
