@@ -90,8 +90,22 @@ def check(options: Options) -> None:
             "shares to balance.",
             hint='set partition="hash" (--partition hash) or leave balance at "none"',
         )
+    _check_warm_up(options)
     _check_sync(options)
     _check_pruning(options)
+
+
+def _check_warm_up(options: Options) -> None:
+    if options.compression_warmup_steps < 0:
+        raise ConfigError(
+            f"compression_warmup_steps is {options.compression_warmup_steps}; allowed: 0 or more (steps)."
+        )
+    if options.compression_warmup_steps and (options.compression == "none" or options.sync == "local"):
+        raise ConfigError(
+            f"compression_warmup_steps={options.compression_warmup_steps} with "
+            f'compression="{options.compression}" and sync="{options.sync}": no gradient is to be compressed later.',
+            hint='set a compression (--compression powersgd) and sync="global", or leave it out',
+        )
 
 
 def _check_sync(options: Options) -> None:
@@ -101,7 +115,7 @@ def _check_sync(options: Options) -> None:
         raise ConfigError(f"sync_warmup_steps is {options.sync_warmup_steps}; allowed: 0 or more (steps).")
     if options.sync_warmup_steps and options.sync != "local":
         raise ConfigError(
-            f'sync_warmup_steps={options.sync_warmup_steps} with sync="{options.sync}": it says when sync="local" begins.',
+            f'sync_warmup_steps={options.sync_warmup_steps} with sync="{options.sync}": it says when "local" begins.',
             hint='set sync="local" (--sync local), or leave sync_warmup_steps out',
         )
     if options.sync == "global" and options.outer_optimizer != "none":

@@ -47,6 +47,8 @@ class Options:
     """With ``compression="powersgd"``: columns of the thin matrices. More are closer to the gradient and larger."""
     topk_ratio: float = 0.01
     """With ``compression="topk"``: the part of the gradient that is sent at each step."""
+    compression_warmup_steps: int = 0
+    """So many gradients travel as they are first, and are compressed from then on (as PyTorch's PowerSGD does)."""
     exact: bool = False
     """Refuse every option that sends less than the whole gradient."""
     sync: Literal["global", "local", "auto"] = "global"

@@ -7,7 +7,7 @@ inside a graph and eagerly. Every rank sees the same sums, so every rank takes t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -57,16 +57,21 @@ class Buckets:
         rank: Of PowerSGD.
         ratio: Part of the gradient that top-k sends.
         cap_bytes: Largest bucket.
+        warm_up: Sums that go as they are, before any is coded.
     """
 
-    def __init__(self, wire: KerasWire, name: str, *, codec: str, rank: int, ratio: float, cap_bytes: float) -> None:
-        self._wire, self._name = wire, name
+    def __init__(
+        self, wire: KerasWire, name: str, *, codec: str, rank: int, ratio: float, cap_bytes: float, warm_up: int = 0
+    ) -> None:
+        self._wire, self._name, self._warm_up = wire, name, warm_up
         self._codec, self._rank, self._ratio, self._cap = codec, rank, ratio, cap_bytes
         # The allreduce carries these two, over Gloo half floats too slowly.
         self.coded = codec != "none" and not (codec == "fp16" and wire.sums_halves)
         """Whether sums go by other collectives, which need gradients whose sizes never change."""
         self._coders: dict[tuple[Any, ...], Coder] = {}
         self._exponents: dict[tuple[Any, ...], tf.Variable] = {}
+        with tf.init_scope():
+            self._made = tf.Variable(0, dtype=tf.int64, trainable=False)
         self._given: Mapping[str, Mapping[str, Any]] = {}
 
     def sum(self, grads: Sequence[tf.Tensor], weight: tf.Tensor) -> list[tf.Tensor]:
@@ -77,6 +82,7 @@ class Buckets:
             weight: float64 scalar; where it is 0 even a NaN counts nothing.
         """
         sums: list[tf.Tensor] = list(grads)
+        early = self._made.assign_add(1) <= self._warm_up if self._warm_up else tf.constant(False)
         for number, (dtype, members) in enumerate(layout(grads, self._cap)):
             parts = [tf.reshape(tf.cast(grads[i], dtype), [-1]) for i in members]
             flat = tf.concat(parts, 0) if len(parts) > 1 else parts[0]
@@ -85,19 +91,25 @@ class Buckets:
             sizes = [tf.size(parts[n]) if size is None else size for n, size in enumerate(known)]
             name = f"{self._name}.{number}"
             if self.coded:
-                total = self._coder(name, dtype, [tuple(grads[i].shape) for i in members]).sum(flat)
+                coder = self._coder(name, dtype, [tuple(grads[i].shape) for i in members])
+                total = self._either(early, flat, f"{name}.plain", coder.sum)
             else:
-                total = self._sum_flat(flat, name, (number, str(dtype), *known))
+                total = self._sum_flat(flat, name, (number, str(dtype), *known), early)
             pieces = tf.split(total, tf.stack(sizes), num=len(sizes)) if len(sizes) > 1 else [total]
             for i, piece in zip(members, pieces, strict=True):
                 sums[i] = tf.cast(tf.reshape(piece, tf.shape(grads[i])), grads[i].dtype)
         return sums
 
-    def _sum_flat(self, flat: tf.Tensor, name: str, key: tuple[Any, ...]) -> tf.Tensor:
+    def _either(self, early: tf.Tensor, flat: tf.Tensor, name: str, coded: Callable[[tf.Tensor], tf.Tensor]) -> Any:
+        if not self._warm_up:
+            return coded(flat)
+        return tf.cond(early, lambda: self._wire.sum(flat, name), lambda: tf.ensure_shape(coded(flat), flat.shape))
+
+    def _sum_flat(self, flat: tf.Tensor, name: str, key: tuple[Any, ...], early: tf.Tensor) -> tf.Tensor:
         if self._codec == "none":
             return self._wire.sum(flat, name)
         exponent = self._exponent_of(key)
-        known = tf.not_equal(exponent, _UNKNOWN)
+        known = tf.logical_and(tf.not_equal(exponent, _UNKNOWN), tf.logical_not(early))
         exponent_used = tf.minimum(tf.where(known, exponent, 0), _MAX_EXP)
         scale = tf.cast(exponent_used, tf.float64)
 
@@ -130,11 +142,13 @@ class Buckets:
     def state(self) -> dict[str, dict[str, Any]]:
         """What codecs remember between two steps; see :meth:`hvdlm.adapters.keras_codecs.Coder.state`."""
         states = [coder.state() for coder in self._coders.values()]
-        return {what: {k: v for state in states for k, v in state[what].items()} for what in ("residuals", "warm")}
+        kept = {what: {k: v for state in states for k, v in state[what].items()} for what in ("residuals", "warm")}
+        return {**kept, "made": {"sums": int(self._made.numpy())}}
 
     def load_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Go on from :meth:`state`, also in what is made when the first step is traced."""
         self._given = {what: dict(state.get(what, {})) for what in ("residuals", "warm")}
+        self._made.assign(int(state.get("made", {}).get("sums", 0)))
         for coder in self._coders.values():
             coder.load_state(self._given)
 

@@ -212,7 +212,7 @@ class Coder:
             self._kept.assign(tf.zeros_like(self._kept))
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """What is remembered between steps, by place in the bucket: this worker's residuals, and what all begin with."""
+        """What is remembered between steps, by place in the bucket: own residuals, and what all ranks begin with."""
         residuals = {f"{self._name}.{i}": part for i, part in enumerate(self.residuals())}
         return {"residuals": residuals, "warm": {f"{self._name}.{i}": v.numpy() for i, v in self._warm.items()}}
 

@@ -44,6 +44,7 @@ def refuse_options(options: Options, backend: str) -> None:
 def _refuse_under_keras_2(options: Options) -> None:
     given = {
         "compression": options.compression not in ("none", "fp16"),
+        "compression_warmup_steps": options.compression_warmup_steps > 0,
         "balance": options.balance == "dynamic",
         "sync": options.sync != "global",
         "local_group": options.local_group != "worker",

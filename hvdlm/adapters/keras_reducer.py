@@ -143,6 +143,7 @@ class Reducer:
             rank=options.powersgd_rank,
             ratio=options.topk_ratio,
             cap_bytes=bucket_cap_bytes,
+            warm_up=options.compression_warmup_steps,
         )
 
     def state(self) -> dict[str, Any]:

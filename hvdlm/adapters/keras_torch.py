@@ -26,9 +26,9 @@ from hvdlm.adapters.keras_statistics import GlobalStatistics
 from hvdlm.adapters.keras_torch_epoch import OpeningOnTorch
 from hvdlm.adapters.keras_torch_totals import TorchTotals
 from hvdlm.adapters.torch_adapter import TorchAdapter
+from hvdlm.adapters.torch_job import Job
 from hvdlm.adapters.torch_loader import ShardedLoader
 from hvdlm.adapters.torch_replicas import start_alike
-from hvdlm.adapters.torch_sync import Job
 from hvdlm.agreement import agree
 from hvdlm.contracts import Kind, Recorder
 from hvdlm.errors import DataError, RecognitionError

@@ -11,11 +11,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from hvdlm.adapters.engine import start_horovod, stop_horovod
+from hvdlm.adapters.residuals import parted, put_together
 from hvdlm.adapters.single import SingleCollectives
 from hvdlm.adapters.torch_backward import BackwardWatch
 from hvdlm.adapters.torch_capture import Stateful, capture, restore
 from hvdlm.adapters.torch_commit import Commits
 from hvdlm.adapters.torch_copying import Background
+from hvdlm.adapters.torch_job import Job
 from hvdlm.adapters.torch_loader import ShardedLoader
 from hvdlm.adapters.torch_lr import scale_learning_rates
 from hvdlm.adapters.torch_made import Made
@@ -28,9 +30,8 @@ from hvdlm.adapters.torch_objects import (
     signature_of,
 )
 from hvdlm.adapters.torch_replicas import Replicas, start_alike
-from hvdlm.adapters.residuals import parted, put_together
 from hvdlm.adapters.torch_state import digest
-from hvdlm.adapters.torch_sync import Job, Synchroniser
+from hvdlm.adapters.torch_sync import Synchroniser
 from hvdlm.adapters.torch_weight import Weigher
 from hvdlm.adapters.torch_wire import TorchWire
 from hvdlm.algorithms.hashing import derive_seed

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hvdlm.adapters.torch_backward import BackwardWatch
-from hvdlm.adapters.torch_coded import ReducerWire, bucket_maker, maker_for
+from hvdlm.adapters.torch_coded import BucketMaker, ReducerWire, bucket_maker, maker_for
 from hvdlm.adapters.torch_reducer import Reducer
 from hvdlm.adapters.torch_wire import TorchWire
 from hvdlm.algorithms.comm_model import ORDER, Choice, Link, Load, choose, why_part
@@ -88,6 +88,7 @@ class Planner:
         tell: Called with what was chosen and why; see :meth:`hvdlm.contracts.Recorder.event`.
         part: Lets workers train on their own from now on, on all ranks alike; None where that is not to be chosen.
         within_host: Whether all workers are on one host.
+        make: How buckets are made under a codec.
     """
 
     def __init__(
@@ -100,7 +101,9 @@ class Planner:
         tell: Callable[..., object] = lambda *_, **__: None,
         part: Callable[[], None] | None = None,
         within_host: bool = False,
+        make: Callable[[Options, TorchWire, str], BucketMaker] = maker_for,
     ) -> None:
+        self._make = make
         self._part = None if options.exact else part
         self._reducer, self._wire, self._options, self._tell = reducer, wire, options, tell
         self._codecs: list[str] = [options.compression]
@@ -210,7 +213,7 @@ class Planner:
         self._tell("plan", codec=choice.codec, bucket_mb=bucket, reason=reason)
         if before is not None and (before.codec, before.cap_bytes) == (choice.codec, choice.cap_bytes):
             return
-        self._reducer.rebuild(maker_for(self._options, self._wire, choice.codec), choice.cap_bytes)
+        self._reducer.rebuild(self._make(self._options, self._wire, choice.codec), choice.cap_bytes)
         if self._codecs != [self._options.compression] and self._wire.rank == 0:
             _log.warning("%s", reason)
 

@@ -272,6 +272,10 @@ class Reducer:
         self._make_bucket, self._cap = make_bucket, bucket_cap_bytes
         self._refill(state)
 
+    def refresh(self) -> None:
+        """Make all buckets anew; called as :meth:`rebuild` is."""
+        self._refill(self.state_dict())
+
     def pack(self, masks: Mapping[int, torch.Tensor]) -> None:
         """Send only what these masks keep (by ``id`` of the parameter) from now on; called as :meth:`rebuild` is."""
         state = self.state_dict()

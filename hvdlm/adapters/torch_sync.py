@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,37 +15,23 @@ from hvdlm.adapters.torch_backward import BackwardWatch
 from hvdlm.adapters.torch_batchnorm import SyncBatchNorms
 from hvdlm.adapters.torch_coded import maker_for
 from hvdlm.adapters.torch_hosts import Groups, Host, HostReducer
+from hvdlm.adapters.torch_job import Job
 from hvdlm.adapters.torch_local import LocalSync
 from hvdlm.adapters.torch_meeting import SyncedCourse, SyncedRecorder
 from hvdlm.adapters.torch_objects import sparse_parameters
 from hvdlm.adapters.torch_planner import Planner
 from hvdlm.adapters.torch_prune import Pruner, candidates
 from hvdlm.adapters.torch_reducer import Reducer
-from hvdlm.adapters.torch_wire import TorchWire
+from hvdlm.adapters.torch_warmup import WarmUp
 from hvdlm.contracts import Course, Recorder
 from hvdlm.options import Options
 from hvdlm.plan import Share
 from hvdlm.pruning import prunable
-from hvdlm.world import World
 
-__all__ = ["Job", "Synchroniser"]
+__all__ = ["Synchroniser"]
 
 Models = Sequence[tuple[str, torch.nn.Module]]
 Optimizers = Sequence[tuple[str, torch.optim.Optimizer]]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the replicas of a job are kept together with."""
-
-    options: Options
-    """``sync`` and what goes with it, ``compression``, ``reduction``."""
-    world: World
-    """Where this process stands."""
-    wire: TorchWire
-    """Collectives over all workers."""
-    recorder: Recorder
-    """Told of each reduction."""
 
 
 class Synchroniser:
@@ -66,6 +51,7 @@ class Synchroniser:
         self._host: Host | None = None
         self._norms: SyncBatchNorms | None = None
         self._pruner: Pruner | None = None
+        self._warm_up = WarmUp()
         self._undo: list[Callable[[], None]] = []
         self._share: Share | None = None
         self._told = 0
@@ -95,6 +81,8 @@ class Synchroniser:
         """
         self._models += [model for _, model in models]
         options = job.options
+        if not self._reducers:
+            self._warm_up.left = options.compression_warmup_steps
         if options.sync != "global":
             self._add_local(groups, models, job)
         if (options.sync != "local" or options.sync_warmup_steps) and groups:
@@ -103,15 +91,16 @@ class Synchroniser:
                 wire=job.wire,
                 size=job.world.size,
                 mean=options.reduction == "mean",
-                make_bucket=maker_for(options, job.wire),
+                make_bucket=self._warm_up.maker_for(options, job.wire),
                 **self._shared(options),
             )
             auto = "auto" in (options.compression, options.sync)
             if job.world.size > 1 and (auto or not options.bucket_cap_mb):
                 plain = [p for group in groups for _, p in group]
                 part = self._part if options.sync == "auto" else None
-                tell, within_host = job.recorder.event, job.world.within_host
-                Planner(reducer, job.wire, options, plain, self._watch, tell, part, within_host)
+                told: dict[str, Any] = {"tell": job.recorder.event, "within_host": job.world.within_host}
+                make = self._warm_up.maker_for
+                Planner(reducer, job.wire, options, plain, self._watch, part=part, make=make, **told)
             reducer.share = self._share
             self._reducers.append(reducer)
         if options.sync != "local" or options.sync_warmup_steps:
@@ -253,6 +242,7 @@ class Synchroniser:
     def _tell(self, recorder: Recorder) -> None:
         count = sum(reducer.reductions for reducer in self._reducers)
         if count > self._told:
+            self._warm_up.reduced(count - self._told, self._reducers)
             self._told = count
             recorder.reduced()
 
@@ -263,6 +253,7 @@ class Synchroniser:
         return {
             "reducers": [reducer.state_dict() for reducer in self._reducers],
             "locals": [] if self._local is None else [self._local.state_dict()],
+            "as_they_are": self._warm_up.left,
             "together": 0 if self._local is None else self._local.together,
             "pruner": None if self._pruner is None else self._pruner.state_dict(),
         }
@@ -278,6 +269,7 @@ class Synchroniser:
         """Go on from :meth:`state_dict`; what was not there before starts anew."""
         if self._pruner is not None and state.get("pruner") is not None:
             self._pruner.load_state_dict(state["pruner"])
+        self._warm_up.resume(state.get("as_they_are", self._warm_up.left), self._reducers)
         for reducer, own in zip(self._reducers, state.get("reducers", ()), strict=False):
             reducer.load_state_dict(own)
         if self._local is not None:

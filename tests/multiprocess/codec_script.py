@@ -17,8 +17,10 @@ from hvdlm.adapters.torch_adapter import TorchAdapter
 from hvdlm.adapters.torch_backward import BackwardWatch
 from hvdlm.adapters.torch_coded import bucket_maker
 from hvdlm.adapters.torch_reducer import Reducer
+from hvdlm.adapters.torch_warmup import WarmUp
 from hvdlm.adapters.torch_wire import TorchWire
 from hvdlm.algorithms.codecs import CODECS
+from hvdlm.options import Options
 from hvdlm.plan import Share
 
 Parameters = dict[str, torch.nn.Parameter]
@@ -123,6 +125,28 @@ def sizes(wire: TorchWire, codec: str, number: list[int]) -> dict[str, Any]:
     return {"tiny": tiny, "large": one is not None and 0.0 < float(one.sum()) <= BIG * 0.6}
 
 
+def warms_up(wire: TorchWire, number: list[int]) -> dict[str, Any]:
+    """The first sums are exact, those after hold a tenth, and a job that goes on goes on there."""
+    options = Options(compression="topk", topk_ratio=0.1, compression_warmup_steps=2)
+    warm_up, parameter = WarmUp(), torch.nn.Parameter(torch.zeros(40, 25))
+    training = Training(wire, "none", {"p": parameter}, number)
+    reducer = training.reducer
+    warm_up.resume(options.compression_warmup_steps, [reducer])
+    reducer.rebuild(warm_up.maker_for(options, wire), 2**18)
+    generator = torch.Generator().manual_seed(wire.rank)
+    sent = []
+    for _ in range(4):
+        got = training.backward([torch.randn(40, 25, generator=generator)])[0]
+        assert got is not None
+        sent.append(float((got != 0).float().mean()))
+        warm_up.reduced(1, [reducer])
+    warm_up.resume(1, [reducer])
+    again = training.backward([torch.ones(40, 25)])[0]
+    training.end()
+    assert again is not None
+    return {"sent": sent, "again": float((again == 1).float().mean()), "left": warm_up.left}
+
+
 def main() -> None:
     adapter = TorchAdapter()
     adapter.start(launched=True)
@@ -134,6 +158,7 @@ def main() -> None:
         result[codec] = {**converges(wire, codec, number), **extremes(wire, codec, number)}
         if "--sizes" in sys.argv:
             result[codec].update(sizes(wire, codec, number))
+    result["warm-up"] = warms_up(wire, number)
     if wire.rank == 0:
         Path(sys.argv[1]).write_text(json.dumps(result))
 

@@ -124,6 +124,12 @@ def fit_sgd_topk_whole() -> Result:
     return run(compiled(keras.optimizers.SGD(0.1)), options={"compression": "topk", "topk_ratio": 1.0})
 
 
+@case
+def fit_compressed_later() -> Result:
+    later = {"compression": "topk", "topk_ratio": 0.01, "compression_warmup_steps": 1000}
+    return run(compiled(keras.optimizers.SGD(0.1)), options=later)
+
+
 PRUNED = {"prune": "magnitude", "prune_begin": 4, "prune_end": 40, "prune_every": 9, "prune_sparsity": 0.8}
 
 

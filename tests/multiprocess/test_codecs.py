@@ -46,3 +46,11 @@ def test_extremes_pass(results: dict[str, Any], job: str, codec: str) -> None:
     assert found["torch.float32"] and found["torch.float64"]
     if "--sizes" in JOBS[job][2]:
         assert found["tiny"] and found["large"]
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_the_first_gradients_may_travel_as_they_are(results: dict[str, Any], job: str) -> None:
+    found, workers = results[job]["warm-up"], JOBS[job][0]
+    assert found["sent"][:2] == [1.0, 1.0]
+    assert all(0.1 <= part <= 0.1 * workers for part in found["sent"][2:])
+    assert (found["again"], found["left"]) == (1.0, 1)

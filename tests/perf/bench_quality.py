@@ -8,8 +8,8 @@ A GPT of one million parameters on the text that ships with Python, by bytes; 2 
 each step, AdamW, learning rate 1e-3 with a warm-up of 100 steps and a cosine to a tenth. All modes see the same samples
 in the same order. Workers that train on their own step along the gradients of half a batch, and the mean of their moves
 is shorter than each: the *tuned* modes have twice the learning rate, average Adam's moments, and an outer momentum of
-0.5, since 0.9 takes longer to build up than there are outer steps. The *late* modes make 1,000 steps together first, at
-the plain learning rate. Each run is a line of
+0.5, since 0.9 takes longer to build up than there are outer steps. The *late* modes are ``none`` for the first 1,000
+steps, at the plain learning rate. Each run is a line of
 ``tests/perf/results/quality.jsonl``; a run that is there is not made again.
 
 The plot has seconds on its axis: steps times the seconds of a step between two hosts over 100 Mbit. ``--seconds``
@@ -49,6 +49,7 @@ LOOK_EVERY, LOOK_AT = 200, 128
 TIMED_FROM = 10
 MODES = {
     **{codec: ["--compression", codec] for codec in ("none", "fp16", "bf16", "int8", "powersgd", "topk")},
+    "powersgd, late": ["--compression", "powersgd", "--compression-warmup-steps", "1000"],
     "powersgd, rank 16": ["--compression", "powersgd", "--powersgd-rank", "16"],
     "local SGD, H = 8": ["--sync", "local", "--sync-every", "8"],
     "local SGD, H = 8, tuned": ["--sync", "local", "--sync-every", "8", "--local-moments", "average"],
@@ -66,7 +67,7 @@ MODES = {
     ],
 }
 LATE = 1000
-"""Steps that the *late* modes make together first."""
+"""Steps that the *late* modes make as ``none``."""
 TUNED_RATE = 2.0
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from hvdlm.adapters.fake import FakeJob, ThreadCollectives
+from hvdlm.adapters.residuals import parted, put_together
 from hvdlm.adapters.torch_capture import _made, copy_to, leaf_of
 from hvdlm.adapters.torch_coded import CodedBucket, bucket_maker, capture, pool, restore
 from hvdlm.adapters.torch_journeys import Exchange, TopK
-from hvdlm.adapters.residuals import parted, put_together
 from hvdlm.algorithms.codecs import CODECS, Codec, decode, encode, exchange_sum, redistribute, topk, topk_sum
 from hvdlm.algorithms.hashing import derive_seed
 from hvdlm.algorithms.powersgd import matrix_shape, orthonormal, powersgd_sum, start, warm

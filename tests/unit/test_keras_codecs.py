@@ -43,6 +43,18 @@ class ThreadWire:
         return tf.constant(np.concatenate(self._job.exchange(self.rank, tensor.numpy())))
 
 
+class OneWorker:
+    """A job of one, in graphs too."""
+
+    sums_halves, rank, size = False, 0, 1
+
+    def sum(self, tensor: Any, name: str) -> Any:
+        return tf.identity(tensor)
+
+    def gather(self, tensor: Any, name: str) -> Any:
+        return tf.identity(tensor)
+
+
 def random(seed: int, dtype: Any, scale: float = 1.0) -> Any:
     return (np.random.default_rng(seed).standard_normal(LENGTH) * scale).astype(dtype)
 
@@ -182,6 +194,27 @@ def test_what_is_not_sent_yet_goes_on_with_the_job(name: str, pooled: bool) -> N
         basis = np.linalg.qr(left @ first[key]).Q
         wanted = left.T @ basis
         np.testing.assert_allclose(then[key], wanted / np.abs(wanted).max(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("codec", ["topk", "powersgd"])
+def test_the_first_gradients_may_travel_as_they_are(codec: str, compiled: bool) -> None:
+    def work(collectives: ThreadCollectives) -> list[Any]:
+        wire: Any = ThreadWire(collectives) if not compiled else OneWorker()
+        made = [Buckets(wire, "b", codec=codec, rank=1, ratio=0.1, cap_bytes=1e9, warm_up=2) for _ in "ab"]
+        step = tf.function(lambda g: made[0].sum([g], tf.constant(1.0))) if compiled else None
+        grad = tf.constant(np.random.default_rng(collectives.rank).standard_normal(SHAPES[0]))
+        sums = [(step(grad) if step else made[0].sum([grad], tf.constant(1.0)))[0].numpy() for _ in range(3)]
+        # One that goes on from there has none left.
+        made[1].load_state(made[0].state())
+        sums.append(made[1].sum([grad], tf.constant(1.0))[0].numpy())
+        return sums
+
+    size = 1 if compiled else 2
+    wanted = sum(np.random.default_rng(r).standard_normal(SHAPES[0]) for r in range(size))
+    for sums in FakeJob(size).run(work):
+        for number, total in enumerate(sums):
+            assert (np.abs(total - wanted).max() < 1e-12) == (number < 2)
 
 
 @pytest.mark.parametrize("cap", [1e9, 300])
