@@ -114,6 +114,9 @@ class Planner:
         if options.compression in _HALVES and within_host and on_cpu and not wire.sums_halves:
             self._codecs = ["none"]
             self._instead = f"{options.compression} takes longer to code than it saves over Gloo on one host: "
+        elif options.compression == "auto" and within_host and on_cpu:
+            self._codecs = ["none"]
+            self._instead = "on one host codecs take longer than they save: "
         self._numel = sum(p.numel() for p in parameters)
         shapes = [(p.numel(), matrix_shape(p.shape, options.powersgd_rank)) for p in parameters]
         self._thin = sum(n if s is None else options.powersgd_rank * sum(s) for n, s in shapes)

@@ -17,19 +17,23 @@ import contextlib
 import itertools
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from hvdlm.bench.stats import Interval, median_interval
 
 ROOT = Path(__file__).resolve().parents[2]
 RECOVERY_SECONDS = 2.0
 OVERHEAD = 0.01
+LONGEST_SECONDS = 170
 NAMES = ("hvdlm", "Horovod Elastic", "torchrun --max-restarts")
 
 COMMON = """
@@ -158,10 +162,15 @@ train(model, optimizer, DataLoader(TensorDataset(data, data), 16))
 )
 
 
-def run(command: list[str], directory: Path, script: str, **more: str) -> list[dict[str, object]]:
-    """Run a job; returns what its workers noted."""
+Note = dict[str, Any]
+
+
+def run(
+    command: list[str], directory: Path, script: str, enough: Callable[[list[Note]], bool], **more: str
+) -> list[Note]:
+    """Run a job until its workers have noted enough, then end it; returns what they noted."""
     (directory / "script.py").write_text(script)
-    out = directory / "notes"
+    out, said = directory / "notes", directory / "said"
     environment = {
         **os.environ,
         "BENCH_OUT": str(out),
@@ -171,21 +180,44 @@ def run(command: list[str], directory: Path, script: str, **more: str) -> list[d
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         **more,
     }
-    job = subprocess.Popen(
-        command, cwd=directory, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+    with open(said, "w") as output:
+        job = subprocess.Popen(
+            command, cwd=directory, env=environment, stdin=subprocess.DEVNULL, stdout=output,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    until = time.monotonic() + LONGEST_SECONDS
     try:
-        said, _ = job.communicate(timeout=170)
-    except subprocess.TimeoutExpired:
-        said = "it did not end within 170 s"
+        while not enough(notes := _notes(out)):
+            if job.poll() is not None or time.monotonic() > until:
+                sys.exit(f"{command}: code {job.poll()} before it had done what is measured\n{said.read_text()}")
+            time.sleep(0.2)
+        return notes
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(job.pid, signal.SIGKILL)
+        for process in _family(job.pid):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         job.wait()
-    if job.returncode != 0 or not out.exists():
-        sys.exit(f"{command}: code {job.returncode}\n{said}")
-    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    # Workers of some launchers lead groups of their own.
+    with contextlib.suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(pid)
+        return [launcher, *launcher.children(recursive=True)]
+    return []
+
+
+def _notes(out: Path) -> list[Note]:
+    lines = out.read_text().splitlines(keepends=True) if out.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def recovered(notes: list[Note]) -> float | None:
+    """Seconds from a worker's death to the next step; None if that has not come yet."""
+    died = next((float(n["time"]) for n in notes if n["what"] == "dies"), None)
+    # The loss is before the gradients are summed: no worker can complete that step without the one that died.
+    later = [float(n["time"]) for n in notes if n["what"] == "step" and died is not None and float(n["time"]) > died]
+    return min(later) - died if later and died is not None else None
 
 
 def arms(directory: Path) -> dict[str, tuple[list[str], str]]:
@@ -212,11 +244,10 @@ def recovery(rounds: int, only: list[str]) -> bool:
         for name in only:
             with tempfile.TemporaryDirectory() as directory:
                 command, script = arms(Path(directory))[name]
-                notes = run(command, Path(directory), script)
-            died = next(float(str(n["time"])) for n in notes if n["what"] == "dies")
-            # The loss is before the gradients are summed: no worker can complete that step without the one that died.
-            later = min(float(str(n["time"])) for n in notes if n["what"] == "step" and float(str(n["time"])) > died)
-            seconds.setdefault(name, []).append(later - died)
+                notes = run(command, Path(directory), script, lambda notes: recovered(notes) is not None)
+            took = recovered(notes)
+            assert took is not None
+            seconds.setdefault(name, []).append(took)
     found = {name: median_interval(values) for name, values in seconds.items()}
     for name, interval in found.items():
         print(f"{name:<26} {interval} s")
@@ -234,7 +265,8 @@ def overhead(rounds: int) -> bool:
     with tempfile.TemporaryDirectory() as directory:
         command = [sys.executable, "-m", "hvdlm", "run", "--min-np", "2", "-H", "localhost:2", "--run-dir", "run",
                    "script.py"]  # fmt: skip
-        notes = run(command, Path(directory), OVERHEAD_SCRIPT, BENCH_ROUNDS=str(rounds))
+        done = lambda notes: any(n["what"] == "times" for n in notes)  # noqa: E731
+        notes = run(command, Path(directory), OVERHEAD_SCRIPT, done, BENCH_ROUNDS=str(rounds))
         events = [json.loads(line) for line in (Path(directory) / "run" / "events.jsonl").read_text().splitlines()]
     times = next(n["times"] for n in notes if n["what"] == "times")
     assert isinstance(times, list)

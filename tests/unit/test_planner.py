@@ -108,6 +108,26 @@ def test_on_one_host_nothing_is_split_that_would_not_hide(monkeypatch: pytest.Mo
     assert run.made[-1][1] < 32 * 2**20
 
 
+def test_on_one_host_nothing_is_coded(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    assert Run(monkeypatch, [SLOW], compression="auto").codec != "none"
+    run = Run(monkeypatch, [SLOW], within_host=True, compression="auto")
+    assert run.codec == "none" and not run.tried[len(ORDER) :]
+    assert caplog.messages[-1].startswith("on one host codecs take longer than they save: compression=none")
+
+
+def test_what_else_runs_between_steps_is_no_computing(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {}
+    for pause in (0.0, 0.04):
+        run = Run(monkeypatch, [SLOW], compression="auto")
+        for _ in range(4):
+            run.clock += 0.04
+            run.planner.pause(pause)
+            run.steps(1, 0.0)
+        told[pause] = run.events[-1]["reason"]
+    assert "240 ms of computing" in told[0.0]
+    assert "200 ms of computing" in told[0.04]
+
+
 @pytest.mark.parametrize("codec", ["fp16", "bf16"])
 def test_halves_are_not_made_where_processors_move_every_byte(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, codec: str
