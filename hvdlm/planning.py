@@ -25,7 +25,7 @@ def agree_on(collectives: Collectives, *values: float) -> list[float]:
 
 
 def measure_link(collectives: Collectives, workers: int, within_host: bool = False) -> Link:
-    """Latency of a small sum and bandwidth of a large one. Takes some 20 ms, or a second at 10 Mbit.
+    """Latency of a small sum, bandwidth of a large one, and its processors. Takes 20 ms, or a second at 10 Mbit.
 
     Args:
         collectives: Between all workers.
@@ -33,23 +33,26 @@ def measure_link(collectives: Collectives, workers: int, within_host: bool = Fal
         within_host: Whether all of them are on one host.
     """
     small = np.ones(2, dtype=np.float32)
-    times = [_timed(collectives, small) for _ in range(_SMALL_REPEATS)]
+    times = [_timed(collectives, small)[0] for _ in range(_SMALL_REPEATS)]
     (latency,) = agree_on(collectives, float(np.min(times)))
-    bandwidth = 0.0
+    bandwidth = busy = 0.0
     for elements in _SIZES:
         probe = np.zeros(elements, dtype=np.float32)
-        once = _timed(collectives, probe)
-        (seconds,) = agree_on(collectives, once)
+        once, cpu = _timed(collectives, probe)
+        seconds, busy = agree_on(collectives, once, cpu / once)
         if seconds < _ENOUGH_SECONDS:  # another's work may have come between
-            (seconds,) = agree_on(collectives, min(once, _timed(collectives, probe)))
+            again, cpu = min((once, cpu), _timed(collectives, probe))
+            seconds, busy = agree_on(collectives, again, cpu / again)
         travelled = 2 * (workers - 1) / workers * probe.nbytes
         bandwidth = travelled / max(seconds - latency, seconds / 2)
         if seconds > _ENOUGH_SECONDS:
             break
-    return Link(latency, bandwidth, within_host)
+    return Link(latency, bandwidth, within_host, busy)
 
 
-def _timed(collectives: Collectives, probe: npt.NDArray[np.float32]) -> float:
-    start = time.perf_counter()
+def _timed(collectives: Collectives, probe: npt.NDArray[np.float32]) -> tuple[float, float]:
+    """Seconds, and seconds of processors that this process took meanwhile, in all of its threads."""
+    start, cpu = time.perf_counter(), time.process_time()
     collectives.allreduce(probe)
-    return time.perf_counter() - start
+    cpu = time.process_time() - cpu
+    return time.perf_counter() - start, cpu

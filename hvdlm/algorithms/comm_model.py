@@ -17,8 +17,6 @@ ORDER = ("none", "fp16", "bf16", "int8", "powersgd", "topk")
 """From what changes gradients least to what changes them most."""
 STAGES = {"none": 1, "fp16": 2, "bf16": 2, "int8": 2, "powersgd": 2, "topk": 1}
 """Collectives of a bucket, one after the other."""
-MEMORY_SPEED = 1e9
-"""Bytes a second at which moving them takes a processor all of its time."""
 PARTING = 0.25
 """Workers train on their own only if a step would else take longer by more than this: it is another training."""
 WORTH = 0.05
@@ -35,10 +33,12 @@ class Link:
     """Bytes a second that a worker sends in a collective."""
     within_host: bool = False
     """Whether all workers are on one host: processors move every byte, and nobody waits for a wire."""
+    busy: float = 0.0
+    """Part of a processor's time that a worker takes while a collective runs: to copy, to add up, to look for more."""
 
     def __str__(self) -> str:
         """As in reports."""
-        return f"{self.latency * 1e3:.2f} ms, {self.bandwidth * 8e-6:,.0f} Mbit/s"
+        return f"{self.latency * 1e3:.2f} ms, {self.bandwidth * 8e-6:,.0f} Mbit/s, {self.busy:.1f} processors"
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,7 @@ def step_overhead(codec: str, load: Load, link: Link, cost: float, cap_bytes: fl
     buckets = max(1, -(-load.num_elements * load.itemsize // int(cap_bytes)))
     travelling = buckets * STAGES[codec] * link.latency + sent_bytes(codec, load) / link.bandwidth
     # What a fast link moves, a processor copies and adds up; only waiting for a slow one costs nothing.
-    busy = 1.0 if link.within_host else min(1.0, link.bandwidth / MEMORY_SPEED)
-    idle = 1 - busy / load.processors
+    idle = 1 - (1.0 if link.within_host else min(1.0, link.busy)) / load.processors
     hidden = idle * load.backward * (buckets - 1) / buckets
     return cost + max(travelling / buckets, travelling - hidden, (1 - idle) * travelling)
 

@@ -52,6 +52,18 @@ def test_what_processors_move_hides_only_behind_others() -> None:
     assert step_overhead("none", many, link, 0.0, 2**20) < sent_bytes("none", GPT) / link.bandwidth / 2
 
 
+def test_what_takes_a_processor_hides_only_behind_others() -> None:
+    """MPI that looks for messages all the time takes a processor over any link."""
+    calm, spinning = (Link(0.001, 1000 * MBIT, busy=part) for part in (0.1, 1.0))
+    cap = 2**21
+    added = {link.busy: step_overhead("none", GPT, link, 0.0, cap) for link in (calm, spinning)}
+    assert added[0.1] < 0.1 < 0.2 < added[1.0]
+    assert choose(ORDER, GPT, calm, COSTS).codec == "none"
+    assert choose(ORDER, GPT, spinning, COSTS).codec not in ("none", "fp16")
+    many = dataclasses.replace(GPT, processors=16)
+    assert step_overhead("none", many, spinning, 0.0, cap) < 0.1
+
+
 def test_bytes() -> None:
     assert sent_bytes("none", GPT) == 4 * GPT.num_elements
     assert sent_bytes("int8", GPT) == pytest.approx(GPT.num_elements * (1 + 4 / 256))
@@ -64,5 +76,5 @@ def test_all_workers_measure_the_same() -> None:
 
     found = FakeJob(3).run(work)
     assert len({link for link, _ in found}) == 1
-    assert found[0][0].latency > 0 and found[0][0].bandwidth > 1
+    assert found[0][0].latency > 0 and found[0][0].bandwidth > 1 and found[0][0].busy > 0
     assert all(agreed == [2.0, 1.0] for _, agreed in found)
