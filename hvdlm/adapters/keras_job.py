@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import tensorflow as tf
 
 from hvdlm.adapters.keras_metrics import pooled_states
+from hvdlm.adapters.keras_options import halves_pay
 from hvdlm.adapters.keras_place import Place
 from hvdlm.adapters.keras_reading import Reading
 from hvdlm.adapters.keras_shares import Shares
@@ -19,6 +21,8 @@ from hvdlm.state.course import Straight
 from hvdlm.world import World
 
 __all__ = ["Job"]
+
+_log = logging.getLogger("hvdlm")
 
 
 @dataclass(kw_only=True)
@@ -53,6 +57,14 @@ class Job:
     """int64 [steps, samples that counted here, samples in the job], so far."""
 
     def __post_init__(self) -> None:
+        sums_halves = getattr(self.collectives, "sums_halves", True)
+        within_host = self.world.within_host and not tf.config.list_physical_devices("GPU")
+        if not halves_pay(self.options, within_host=within_host, sums_halves=sums_halves):
+            reason = f"{self.options.compression} takes longer to code than it saves over Gloo on one host: none"
+            self.recorder.event("plan", codec="none", reason=reason)
+            if self.world.is_main:
+                _log.warning("%s", reason)
+            self.options = replace(self.options, compression="none", compression_warmup_steps=0)
         self._mean = self.options.reduction == "mean"
         partition = Partition(
             strategy=self.options.partition,

@@ -64,7 +64,7 @@ def main() -> None:
         "sgd": fit(optimizers.SGD(0.1, momentum=0.9)),
         "adam": fit(optimizers.Adam(1e-3, global_clipnorm=0.1)),
         "dataset": fit(optimizers.Adam(1e-3), dataset=True),
-        "fp16": fit(optimizers.Adam(1e-3), compression="fp16"),
+        "fp16": fit(optimizers.Adam(1e-3), compression="fp16", bucket_cap_mb=32.0),
         "dynamic": mistake(balance="dynamic"),
     }
     Path(sys.argv[1], f"{hvdlm.rank()}.json").write_text(json.dumps(results))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import types
 from typing import Any
 
@@ -13,6 +14,7 @@ import tensorflow as tf
 from hvdlm.adapters.fake import FakeJob, ThreadCollectives
 from hvdlm.adapters.keras_bucket import Buckets
 from hvdlm.adapters.keras_codecs import Coder, decode, encode
+from hvdlm.adapters.keras_job import Job
 from hvdlm.adapters.keras_reducer import Reducer
 from hvdlm.adapters.residuals import parted, put_together
 from hvdlm.algorithms import codecs
@@ -21,6 +23,7 @@ from hvdlm.algorithms.hashing import derive_seed
 from hvdlm.algorithms.powersgd import powersgd_sum, start
 from hvdlm.options import Options
 from hvdlm.state.snapshot import OWN
+from hvdlm.world import World
 
 SHAPES = [(96, 64), (7,), (), (5, 2, 64)]
 LENGTH = sum(int(np.prod(shape)) for shape in SHAPES)
@@ -252,3 +255,30 @@ def test_pruned_gradients_are_not_sent(cap: float) -> None:
         np.testing.assert_allclose(found.numpy(), exact, atol=1e-12)
         np.testing.assert_array_equal(found.numpy(), same.numpy())
     assert sum(sent) == 2 * (LENGTH - mask.size + mask.sum())
+
+
+@pytest.mark.parametrize(
+    ("sums_halves", "hosts", "more", "wanted"),
+    [
+        (False, 1, {"compression": "bf16", "compression_warmup_steps": 3}, "none"),
+        (False, 1, {"compression": "fp16"}, "none"),
+        (True, 1, {"compression": "fp16"}, "fp16"),
+        (False, 2, {"compression": "fp16"}, "fp16"),
+        (False, 1, {"compression": "fp16", "bucket_cap_mb": 32.0}, "fp16"),
+        (False, 1, {"compression": "int8"}, "int8"),
+    ],
+)
+def test_halves_are_not_made_where_processors_move_every_byte(
+    sums_halves: bool, hosts: int, more: dict[str, Any], wanted: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[dict[str, Any]] = []
+    recorder: Any = types.SimpleNamespace(event=lambda name, **facts: told.append({"name": name, **facts}))
+    world = dataclasses.replace(World.single(), size=2, local_size=2 // hosts)
+    collectives: Any = types.SimpleNamespace(sums_halves=sums_halves)
+    job = Job(options=Options(**more), world=world, collectives=collectives, recorder=recorder)
+    assert job.options.compression == wanted
+    if wanted == more["compression"]:
+        assert not told and not caplog.messages
+    else:
+        assert [event["codec"] for event in told] == ["none"]
+        assert "takes longer to code than it saves over Gloo on one host" in caplog.text
