@@ -33,7 +33,8 @@ from hvdlm.bench.stats import Interval, median_interval
 ROOT = Path(__file__).resolve().parents[2]
 RECOVERY_SECONDS = 2.0
 OVERHEAD = 0.01
-LONGEST_SECONDS = 170
+LONGEST_SECONDS = 60.0
+"""A job that has not recovered by then, counted from its start, is told as such."""
 NAMES = ("hvdlm", "Horovod Elastic", "torchrun --max-restarts")
 
 COMMON = """
@@ -166,7 +167,12 @@ Note = dict[str, Any]
 
 
 def run(
-    command: list[str], directory: Path, script: str, enough: Callable[[list[Note]], bool], **more: str
+    command: list[str],
+    directory: Path,
+    script: str,
+    enough: Callable[[list[Note]], bool],
+    longest: float = LONGEST_SECONDS,
+    **more: str,
 ) -> list[Note]:
     """Run a job until its workers have noted enough, then end it; returns what they noted."""
     (directory / "script.py").write_text(script)
@@ -185,9 +191,11 @@ def run(
             command, cwd=directory, env=environment, stdin=subprocess.DEVNULL, stdout=output,
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-    until = time.monotonic() + LONGEST_SECONDS
+    until = time.monotonic() + longest
     try:
         while not enough(notes := _notes(out)):
+            if time.monotonic() > until and any(note["what"] == "dies" for note in notes):
+                break  # it did not recover
             if job.poll() is not None or time.monotonic() > until:
                 sys.exit(f"{command}: code {job.poll()} before it had done what is measured\n{said.read_text()}")
             time.sleep(0.2)
@@ -240,17 +248,19 @@ def arms(directory: Path) -> dict[str, tuple[list[str], str]]:
 def recovery(rounds: int, only: list[str]) -> bool:
     """Print seconds of each arm; whether ours are within the limits."""
     seconds: dict[str, list[float]] = {}
+    lost: dict[str, int] = {}
     for _ in range(rounds):
         for name in only:
             with tempfile.TemporaryDirectory() as directory:
                 command, script = arms(Path(directory))[name]
                 notes = run(command, Path(directory), script, lambda notes: recovered(notes) is not None)
             took = recovered(notes)
-            assert took is not None
-            seconds.setdefault(name, []).append(took)
+            lost[name] = lost.get(name, 0) + (took is None)
+            seconds.setdefault(name, []).append(LONGEST_SECONDS if took is None else took)
     found = {name: median_interval(values) for name, values in seconds.items()}
     for name, interval in found.items():
-        print(f"{name:<26} {interval} s")
+        late = f", {lost[name]} times not within {LONGEST_SECONDS:.0f} s" if lost[name] else ""
+        print(f"{name:<26} {interval} s{late}")
     good = found["hvdlm"].holds(RECOVERY_SECONDS)
     print(f"limit {RECOVERY_SECONDS} s: {'kept' if good else 'MISSED'}")
     for name in [name for name in found if name != "hvdlm"]:
@@ -266,7 +276,7 @@ def overhead(rounds: int) -> bool:
         command = [sys.executable, "-m", "hvdlm", "run", "--min-np", "2", "-H", "localhost:2", "--run-dir", "run",
                    "script.py"]  # fmt: skip
         done = lambda notes: any(n["what"] == "times" for n in notes)  # noqa: E731
-        notes = run(command, Path(directory), OVERHEAD_SCRIPT, done, BENCH_ROUNDS=str(rounds))
+        notes = run(command, Path(directory), OVERHEAD_SCRIPT, done, 170, BENCH_ROUNDS=str(rounds))
         events = [json.loads(line) for line in (Path(directory) / "run" / "events.jsonl").read_text().splitlines()]
     times = next(n["times"] for n in notes if n["what"] == "times")
     assert isinstance(times, list)
