@@ -16,8 +16,8 @@ from hvdlm.errors import BuildError
 __all__ = ["HOROVOD", "LABEL", "MENDS", "Edit", "Mend", "apply_mends", "digest", "select_mends"]
 
 HOROVOD = "0.28.1"
-LABEL = "hvdlm2"
-"""Local version label of a wheel built with this set of mends: ``0.28.1+hvdlm2``."""
+LABEL = "hvdlm3"
+"""Local version label of a wheel built with this set of mends: ``0.28.1+hvdlm3``."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,49 @@ MENDS = (
                 "  device_attr.iface = global_context.gloo_iface_;\n"
                 "  device_attr.ai_family = AF_UNSPEC;\n  auto dev = CreateDevice(device_attr);\n\n"
                 "  global_ctx = global_context.ctx;\n",
+            ),
+        ),
+    ),
+    Mend(
+        "torch-wait",
+        "who waited for a collective asked for it without a pause, which took a processor from those that carry it",
+        (
+            Edit(
+                "horovod/torch/handle_manager.h",
+                "#include <atomic>\n",
+                "#include <atomic>\n#include <condition_variable>\n",
+            ),
+            Edit(
+                "horovod/torch/handle_manager.h",
+                "  bool PollHandle(int handle);\n",
+                "  bool PollHandle(int handle);\n  void Wait(int handle);\n",
+            ),
+            Edit(
+                "horovod/torch/handle_manager.h",
+                "  std::mutex mutex_;\n",
+                "  std::mutex mutex_;\n  std::condition_variable done_;\n",
+            ),
+            Edit(
+                "horovod/torch/handle_manager.cc",
+                "  results_[handle] = std::make_shared<Status>(status);\n}\n",
+                "  results_[handle] = std::make_shared<Status>(status);\n  done_.notify_all();\n}\n\n"
+                "void HandleManager::Wait(int handle) {\n"
+                "  std::unique_lock<std::mutex> lock(mutex_);\n"
+                "  done_.wait(lock, [&] {\n"
+                "    auto found = results_.find(handle);\n"
+                "    return found == results_.end() || found->second != nullptr;\n"
+                "  });\n"
+                "}\n",
+            ),
+            Edit(
+                "horovod/torch/handle_manager.cc",
+                "  results_.clear();\n",
+                "  results_.clear();\n  done_.notify_all();\n",
+            ),
+            Edit(
+                "horovod/torch/mpi_ops_v2.cc",
+                "      py::gil_scoped_release release_python_gil;\n      std::this_thread::yield();\n",
+                "      py::gil_scoped_release release_python_gil;\n      handle_manager.Wait(handle);\n",
             ),
         ),
     ),

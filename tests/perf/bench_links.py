@@ -1,7 +1,7 @@
 """What a training step costs under each codec over slow links: two hosts in network namespaces. Needs root.
 
     python tests/perf/bench_links.py                             # loopback, 1 Gbit and 100 Mbit, over Gloo
-    python tests/perf/bench_links.py --rate 10mbit --codec int8,powersgd,topk,auto --rounds 4
+    python tests/perf/bench_links.py --rate 10mbit --codec powersgd,topk,auto --sync-every 0 --rounds 6
     python tests/perf/bench_links.py --rate lo --controller mpi
 
 ``local`` is sync="local" with 50 steps between two synchronisations, a fiftieth of one added to each step;
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--controller", action="append", choices=["gloo", "mpi"])
     parser.add_argument("--codec", default="none,fp16,bf16,int8,powersgd,topk,auto")
     parser.add_argument("--compare", default="")
+    parser.add_argument("--sync-every", type=int, default=50, help="of local synchronisation; 0 leaves it out")
     parser.add_argument("--rounds", default="12")
     parser.add_argument("--json", type=Path, help="also append what was measured, a line each")
     args = parser.parse_args()
@@ -62,8 +63,7 @@ def main() -> None:
     words = [
         "--codec",
         args.codec,
-        "--sync-every",
-        "50",
+        *(["--sync-every", str(args.sync_every)] if args.sync_every else []),
         "--rounds",
         args.rounds,
         *(["--compare", args.compare] if args.compare else []),
