@@ -17,6 +17,10 @@ ORDER = ("none", "fp16", "bf16", "int8", "powersgd", "topk")
 """From what changes gradients least to what changes them most."""
 STAGES = {"none": 1, "fp16": 2, "bf16": 2, "int8": 2, "powersgd": 2, "topk": 1}
 """Collectives of a bucket, one after the other."""
+OVERLAP = 0.6
+"""Part of a backward that communication hides behind: it begins with the first full bucket, and slows it down."""
+LEAST_IDLE = 0.25
+"""Part of it that is left even to who looks for messages from another host without a pause: that yields."""
 PARTING = 0.25
 """Workers train on their own only if a step would else take longer by more than this: it is another training."""
 WORTH = 0.05
@@ -100,8 +104,8 @@ def step_overhead(codec: str, load: Load, link: Link, cost: float, cap_bytes: fl
     buckets = max(1, -(-load.num_elements * load.itemsize // int(cap_bytes)))
     travelling = buckets * STAGES[codec] * link.latency + sent_bytes(codec, load) / link.bandwidth
     # What a fast link moves, a processor copies and adds up; only waiting for a slow one costs nothing.
-    idle = 1 - (1.0 if link.within_host else min(1.0, link.busy)) / load.processors
-    hidden = idle * load.backward * (buckets - 1) / buckets
+    idle = 1 - 1 / load.processors if link.within_host else max(LEAST_IDLE, 1 - link.busy / load.processors)
+    hidden = OVERLAP * idle * load.backward * (buckets - 1) / buckets
     return cost + max(travelling / buckets, travelling - hidden, (1 - idle) * travelling)
 
 

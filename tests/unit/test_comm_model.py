@@ -57,11 +57,12 @@ def test_what_takes_a_processor_hides_only_behind_others() -> None:
     calm, spinning = (Link(0.001, 1000 * MBIT, busy=part) for part in (0.1, 1.0))
     cap = 2**21
     added = {link.busy: step_overhead("none", GPT, link, 0.0, cap) for link in (calm, spinning)}
-    assert added[0.1] < 0.1 < 0.2 < added[1.0]
-    assert choose(ORDER, GPT, calm, COSTS).codec == "none"
-    assert choose(ORDER, GPT, spinning, COSTS).codec not in ("none", "fp16")
+    assert added[0.1] < 0.15 < 0.19 < added[1.0]
+    taken = [ORDER.index(choose(ORDER, GPT, link, COSTS).codec) for link in (calm, spinning)]
+    assert 0 < taken[0] < taken[1], "what is more work to code is taken only where it saves as much"
+    assert choose(["none"], GPT, spinning, COSTS).cap_bytes < max(CAPS_BYTES), "something hides all the same"
     many = dataclasses.replace(GPT, processors=16)
-    assert step_overhead("none", many, spinning, 0.0, cap) < 0.1
+    assert step_overhead("none", many, spinning, 0.0, cap) < 0.13
 
 
 def test_bytes() -> None:
