@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,16 @@ def warms_up(wire: TorchWire, number: list[int]) -> dict[str, Any]:
     return {"sent": sent, "again": float((again == 1).float().mean()), "left": warm_up.left}
 
 
+def waits(wire: TorchWire) -> float:
+    """Seconds of a processor that rank 0 takes in the second in which it waits for the others."""
+    wire.wait(wire.start(torch.zeros(1), "together"))
+    if wire.rank:
+        time.sleep(1.0)
+    handle, before = wire.start(torch.zeros(1), "late"), time.thread_time()
+    wire.wait(handle)
+    return time.thread_time() - before
+
+
 def main() -> None:
     adapter = TorchAdapter()
     adapter.start(launched=True)
@@ -159,6 +170,7 @@ def main() -> None:
         if "--sizes" in sys.argv:
             result[codec].update(sizes(wire, codec, number))
     result["warm-up"] = warms_up(wire, number)
+    result["waits"] = waits(wire)
     if wire.rank == 0:
         Path(sys.argv[1]).write_text(json.dumps(result))
 

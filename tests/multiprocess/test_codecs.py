@@ -54,3 +54,9 @@ def test_the_first_gradients_may_travel_as_they_are(results: dict[str, Any], job
     assert found["sent"][:2] == [1.0, 1.0]
     assert all(0.1 <= part <= 0.1 * workers for part in found["sent"][2:])
     assert (found["again"], found["left"]) == (1.0, 1)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_who_waits_for_others_leaves_its_processor_to_them(results: dict[str, Any], job: str) -> None:
+    """Horovod as released asks without a pause, which takes all of the second."""
+    assert results[job]["waits"] < 0.3
