@@ -151,9 +151,6 @@ def _open_mpi(spec: JobSpec, mpi: Mpi, *, root: bool, over: bool, crowded: bool,
         argv += ["--mca", "pml", "ob1", "--mca", "btl", "^openib"]
     if interface:
         argv += ["--mca", "btl_tcp_if_include", interface]
-    if len(spec.hosts) > 1 and "btl_tcp_links" not in (flags.get("mpi_args") or ""):
-        # Over one connection, what comes waits for what goes: a sum over 100 Mbit took 3.4 s, over two takes 2.4.
-        argv += ["--mca", "btl_tcp_links", "2"]
     if crowded:
         argv += ["--mca", "mpi_yield_when_idle", "1"]
     if len(spec.hosts) >= _LARGE_JOB_HOSTS and mpi.major < 5:

@@ -84,17 +84,9 @@ def test_flags_reach_mpirun():
     assert render(job, OPEN_MPI_5, interface="10.0.0.0/24", ssh_program="/tmp/x/ssh")[:-14] == [
         "/opt/my mpi/mpirun", "-np", "2", "-H", "a:1,b:1", "--rankfile", "my file", "--mca", "pml", "ob1",
         "--mca", "btl", "self,sm,tcp", "--mca", "btl_tcp_if_include", "10.0.0.0/24",
-        "--mca", "btl_tcp_links", "2", "--prtemca", "plm_ssh_agent", "/tmp/x/ssh", "--prtemca", "oob_tcp_if_include", "10.0.0.0/24",
+        "--prtemca", "plm_ssh_agent", "/tmp/x/ssh", "--prtemca", "oob_tcp_if_include", "10.0.0.0/24",
         "--mca", "x", "y z",
     ]  # fmt: skip
-
-
-def test_what_a_person_says_of_connections_holds():
-    """Open MPI does not start with two values for one parameter."""
-    own = spec("a:1,b:1", remote=True, mpi_args="--mca btl_tcp_links 4")
-    words = render(own, OPEN_MPI_5)
-    assert words.count("btl_tcp_links") == 1 and words[words.index("btl_tcp_links") + 1] == "4"
-    assert "btl_tcp_links" not in render(spec("a:2", 2), OPEN_MPI_5)
 
 
 def test_yields_when_threads_fill_the_cores():
