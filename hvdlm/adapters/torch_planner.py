@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -210,15 +211,15 @@ class Planner:
                 _log.warning("%s", alone)
             self._part()
             return
+        choice = dataclasses.replace(choice, reason=self._instead + choice.reason)
         before, self.choice = self.choice, choice
         bucket = round(choice.cap_bytes / 2**20, 3)
-        reason = self._instead + choice.reason
-        self._tell("plan", codec=choice.codec, bucket_mb=bucket, reason=reason)
+        self._tell("plan", codec=choice.codec, bucket_mb=bucket, reason=choice.reason)
         if before is not None and (before.codec, before.cap_bytes) == (choice.codec, choice.cap_bytes):
             return
         self._reducer.rebuild(self._make(self._options, self._wire, choice.codec), choice.cap_bytes)
         if self._codecs != [self._options.compression] and self._wire.rank == 0:
-            _log.warning("%s", reason)
+            _log.warning("%s", choice.reason)
 
     @property
     def link(self) -> Link:

@@ -32,7 +32,7 @@ def test_a_step_under_codecs_horovod_and_ddp(tmp_path: Path) -> None:
     assert list(found["steps"]) == ["plain", "int8", "auto", "local", "local-int8", "horovod", "horovod-fp16", "ddp"]
     assert all(len(times) == 2 and min(times) > 0 for times in found["steps"].values())
     assert found["plans"]["int8"].startswith("compression=int8, buckets of ")
-    assert "powersgd" in found["plans"]["auto"], "it weighed all of them"
+    assert found["plans"]["auto"].startswith("on one host codecs take longer than they save: compression=none")
     assert list(tmp_path.glob(".hvdlm-bench-*")) == [], "nothing is left"
 
 

@@ -56,6 +56,10 @@ MODES = {
     "local SGD, H = 8, late": [
         *("--sync", "local", "--sync-every", "8", "--local-moments", "average", "--sync-warmup-steps", "1000"),
     ],
+    "DiLoCo, H = 8, late": [
+        *("--sync", "local", "--sync-every", "8", "--local-moments", "average", "--sync-warmup-steps", "1000"),
+        *("--outer-optimizer", "nesterov", "--outer-momentum", "0.5"),
+    ],
     "DiLoCo, H = 50": ["--sync", "local", "--sync-every", "50", "--outer-optimizer", "nesterov"],
     "DiLoCo, H = 50, tuned": [
         *("--sync", "local", "--sync-every", "50", "--local-moments", "average"),
@@ -170,8 +174,8 @@ def seconds_at(step: int, mode: str, seconds: dict[str, float]) -> float:
     """When a step is reached."""
     if not mode.endswith("late"):
         return step * seconds[mode]
-    first = min(step, LATE)
-    return first * seconds["none"] + (step - first) * seconds[mode.removesuffix(", late")]
+    first, then = min(step, LATE), mode.removesuffix(", late").replace("DiLoCo, H = 8", "local SGD, H = 8")
+    return first * seconds["none"] + (step - first) * seconds[then]
 
 
 def plot(path: Path, steps: int) -> None:
