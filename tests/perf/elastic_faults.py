@@ -3,7 +3,8 @@
     python tests/perf/elastic_faults.py --seeds 200 --framework torch --results faults.jsonl
     python tests/perf/elastic_faults.py --seeds 10 --compression int8 --results faults.jsonl
 
-A codec that rounds trains nearly the model of one process: its parameters may be off by 10 %, and its loss too.
+A codec that rounds trains nearly the model of one process: its loss may be off by 1 %, and a parameter (there is a bias
+near zero) by 30 %.
 
 A schedule is a function of its seed (:mod:`tests.elastic.schedules`). Results are appended to a file, and seeds that
 are in it already are not played again: an interrupted run goes on where it was. The command fails if a seed failed.
@@ -70,7 +71,7 @@ def _one(seed: int, script: str, wanted: dict[str, Any], compression: str) -> di
     with tempfile.TemporaryDirectory() as directory:
         try:
             ended = play(plan, Path(directory), script, more=["--compression", compression])
-            lossy: dict[str, float] = {} if compression == "none" else {"parameters": 0.1, "loss": 0.1}
+            lossy: dict[str, float] = {} if compression == "none" else {"parameters": 0.3, "loss": 0.01}
             found = complaint(ended, wanted, **lossy)
             resets = ended.summary.get("resets", 0)
             starts = len(ended.of("over"))
