@@ -59,7 +59,8 @@ def of_hosts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_as_all_workers_in_one_process(results: Ranks, name: str) -> None:
     for rank in results[name]:
         assert rank["moved"] > 0.1, "the comparison is between models that learned something"
-        assert rank["far"] < 1e-12
+        # Adam makes more of how a sum of gradients rounds than of how a mean of parameters does.
+        assert rank["far"] < (1e-9 if name == "together_first" else 1e-12)
 
 
 @pytest.mark.parametrize("name", [*sorted(local_script.CASES), *WITHOUT_ORACLE])
