@@ -150,10 +150,11 @@ def run(mode: str, seed: int, steps: int) -> None:
     result.unlink()
 
 
-def measure_seconds() -> None:
+def measure_seconds(modes: list[str]) -> None:
     """Seconds of a step in each mode, between two hosts over 100 Mbit. The steps that count hold one of 50."""
     seconds = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
-    for mode, options in MODES.items():
+    for mode in modes:
+        options = MODES[mode]
         if mode.endswith("late"):
             continue  # steps of two kinds, which other modes have
         with tempfile.TemporaryDirectory() as made, lab(Path(made), 2, "100mbit") as up:
@@ -170,12 +171,17 @@ def measure_seconds() -> None:
         SECONDS.write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
 
 
+def kind_of(mode: str) -> str:
+    """The mode whose steps this one makes in the end."""
+    return mode.removesuffix(", late").replace("DiLoCo, H = 8", "local SGD, H = 8")
+
+
 def seconds_at(step: int, mode: str, seconds: dict[str, float]) -> float:
     """When a step is reached."""
     if not mode.endswith("late"):
         return step * seconds[mode]
-    first, then = min(step, LATE), mode.removesuffix(", late").replace("DiLoCo, H = 8", "local SGD, H = 8")
-    return first * seconds["none"] + (step - first) * seconds[then]
+    first = min(step, LATE)
+    return first * seconds["none"] + (step - first) * seconds[kind_of(mode)]
 
 
 def plot(path: Path, steps: int) -> None:
@@ -187,7 +193,7 @@ def plot(path: Path, steps: int) -> None:
     axes = figure.subplots()
     for mode in MODES:
         curves = [run["curve"] for run in made() if run["mode"] == mode and run["steps"] == steps]
-        if curves:
+        if curves and kind_of(mode) in seconds:
             at = [seconds_at(step, mode, seconds) for step, _ in curves[0]]
             axes.plot(at, np.mean([[loss for _, loss in curve] for curve in curves], axis=0), label=mode)
     axes.set(
@@ -229,7 +235,7 @@ def main() -> None:
         work(args.seeds, args.steps, args.rate, args.work)
         return
     if args.seconds:
-        measure_seconds()
+        measure_seconds(args.mode or list(MODES))
         return
     there = {(r["mode"], r["seed"], r["steps"]) for r in made()}
     for seed in range(args.seeds):
