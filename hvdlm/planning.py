@@ -10,7 +10,7 @@ import numpy.typing as npt
 from hvdlm.algorithms.comm_model import Link
 from hvdlm.contracts import Collectives
 
-__all__ = ["agree_on", "measure_link"]
+__all__ = ["agree_on", "measure_link", "why_not_halves"]
 
 _SMALL_REPEATS = 5
 _SIZES = (2**18, 2**21, 2**23)
@@ -22,6 +22,19 @@ _ENOUGH_SECONDS = 0.03
 def agree_on(collectives: Collectives, *values: float) -> list[float]:
     """The largest of each value over workers: what the slowest has measured."""
     return [float(value) for value in collectives.allreduce(np.array(values, dtype=np.float64), "max")]
+
+
+def why_not_halves(compression: str, within_host: bool, sums_halves: bool) -> str:
+    """Why half floats that are asked for would take longer than float32, the beginning of a sentence; empty if not.
+
+    Args:
+        compression: What is asked for.
+        within_host: Whether all workers are on one host, and compute on its processors.
+        sums_halves: Whether the allreduce adds half floats as fast as it moves them: over Gloo it does not.
+    """
+    if compression not in ("fp16", "bf16") or not within_host or sums_halves:
+        return ""
+    return f"{compression} takes longer to code than it saves over Gloo on one host: "
 
 
 def measure_link(collectives: Collectives, workers: int, within_host: bool = False) -> Link:

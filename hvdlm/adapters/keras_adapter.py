@@ -254,14 +254,14 @@ class KerasAdapter:
 
     def capture(self, kept: Mapping[str, Any], old: Snapshot | None) -> Snapshot:
         """See :class:`hvdlm.contracts.Adapter`."""
-        *_, job = self._stateful()
+        models, optimizers, job = self._stateful()
         kept = {**kept, **parted(self._sync.state(), job.world.size, self._pooled)}
-        return capture(*self._stateful(), kept, old)
+        return capture(models, optimizers, job, kept, old)
 
     def restore(self, snapshot: Snapshot, whole: bool, lr_factor: float) -> dict[str, Any]:
         """See :class:`hvdlm.contracts.Adapter`."""
-        *_, job = self._stateful()
-        kept = restore(*self._stateful(), snapshot, whole, lr_factor)
+        models, optimizers, job = self._stateful()
+        kept = restore(models, optimizers, job, snapshot, whole, lr_factor)
         self._sync.load_state(put_together(kept, job.world.size))
         return kept
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from hvdlm.adapters.keras_codecs import Coder
@@ -157,7 +158,8 @@ class Buckets:
         for coder in self._coders.values():
             own = coder.residuals()
             if own:
-                coder.load_residuals([collectives.allreduce(part) / self._wire.size for part in own])
+                flat = np.concatenate([part.reshape(-1) for part in own])
+                coder.load_residuals([collectives.allreduce(flat) / self._wire.size])
 
     def _exponent_of(self, key: tuple[Any, ...]) -> tf.Variable:
         if key not in self._exponents:

@@ -10,13 +10,13 @@ from typing import Any
 import tensorflow as tf
 
 from hvdlm.adapters.keras_metrics import pooled_states
-from hvdlm.adapters.keras_options import halves_pay
 from hvdlm.adapters.keras_place import Place
 from hvdlm.adapters.keras_reading import Reading
 from hvdlm.adapters.keras_shares import Shares
 from hvdlm.contracts import Collectives, Course, Recorder
 from hvdlm.options import Options
 from hvdlm.plan import Partition
+from hvdlm.planning import why_not_halves
 from hvdlm.state.course import Straight
 from hvdlm.world import World
 
@@ -57,10 +57,11 @@ class Job:
     """int64 [steps, samples that counted here, samples in the job], so far."""
 
     def __post_init__(self) -> None:
+        on_cpu = not tf.config.list_physical_devices("GPU")
         sums_halves = getattr(self.collectives, "sums_halves", True)
-        within_host = self.world.within_host and not tf.config.list_physical_devices("GPU")
-        if not halves_pay(self.options, within_host=within_host, sums_halves=sums_halves):
-            reason = f"{self.options.compression} takes longer to code than it saves over Gloo on one host: none"
+        instead = why_not_halves(self.options.compression, self.world.within_host and on_cpu, sums_halves)
+        if instead and not self.options.bucket_cap_mb:  # with a size everything is done as it says
+            reason = f"{instead}compression=none"
             self.recorder.event("plan", codec="none", reason=reason)
             if self.world.is_main:
                 _log.warning("%s", reason)

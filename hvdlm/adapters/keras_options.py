@@ -5,7 +5,7 @@ from __future__ import annotations
 from hvdlm.errors import ConfigError
 from hvdlm.options import Options
 
-__all__ = ["halves_pay", "refuse_options"]
+__all__ = ["refuse_options"]
 
 
 def refuse_options(options: Options, backend: str) -> None:
@@ -39,18 +39,6 @@ def refuse_options(options: Options, backend: str) -> None:
             "effect.",
             hint=f"leave {name} out",
         )
-
-
-def halves_pay(options: Options, *, within_host: bool, sums_halves: bool) -> bool:
-    """Whether half floats, if they are asked for, take less time than float32 (see the planner of PyTorch).
-
-    Args:
-        options: With a ``bucket_cap_mb`` everything is done as it says.
-        within_host: Whether all workers are on one host, and compute on its processors.
-        sums_halves: Whether the allreduce adds half floats as fast as it moves them: over Gloo it does not.
-    """
-    asked = options.compression in ("fp16", "bf16")
-    return not (asked and within_host and not sums_halves and not options.bucket_cap_mb)
 
 
 def _refuse_under_keras_2(options: Options) -> None:

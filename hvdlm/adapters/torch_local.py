@@ -159,7 +159,7 @@ class LocalSync:
             self._carried.append(starts)
         self._parts |= by_start
         for part in parts if self._alone else ():
-            handle = part.parameter.register_hook(self._weigh)  # type: ignore[no-untyped-call]
+            handle = part.parameter.register_hook(self._weigh)  # type: ignore[no-untyped-call]  # torch gives it no types
             self._undo.append(handle.remove)
 
     def _weigh(self, grad: torch.Tensor) -> torch.Tensor | None:

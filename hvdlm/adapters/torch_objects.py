@@ -119,10 +119,10 @@ def shard_loaders_over(datasets: dict[int, str], sharded: Callable[[str, DataLoa
         own = stand_in(self)
         return original_len(self) if own is None else len(own)
 
-    DataLoader.__iter__, DataLoader.__len__ = iterate, length  # type: ignore[method-assign]
+    DataLoader.__iter__, DataLoader.__len__ = iterate, length  # type: ignore[method-assign]  # until it is undone
 
     def undo() -> None:
-        DataLoader.__iter__, DataLoader.__len__ = original_iter, original_len  # type: ignore[method-assign]
+        DataLoader.__iter__, DataLoader.__len__ = original_iter, original_len  # type: ignore[method-assign]  # until it is undone
 
     return undo
 

@@ -18,7 +18,7 @@ from hvdlm.adapters.torch_wire import TorchWire
 from hvdlm.algorithms.comm_model import ORDER, Choice, Link, Load, choose, why_part
 from hvdlm.algorithms.powersgd import matrix_shape
 from hvdlm.options import Options
-from hvdlm.planning import agree_on, measure_link
+from hvdlm.planning import agree_on, measure_link, why_not_halves
 
 __all__ = ["Planner", "codec_costs"]
 
@@ -31,7 +31,6 @@ _DRIFT = 1.5
 _STEP_OF_BACKWARDS = 2.5
 """What is longer than this many backwards is no computing of the step: an evaluation, a slow disk."""
 _TRIAL = (512, 512)
-_HALVES = ("fp16", "bf16")
 
 
 class _Alone(ReducerWire):
@@ -110,14 +109,12 @@ class Planner:
         self._codecs: list[str] = [options.compression]
         if options.compression == "auto":
             self._codecs = ["none"] if options.exact else list(ORDER)
-        self._instead = ""
         on_cpu = all(p.device.type == "cpu" for p in parameters)
-        if options.compression in _HALVES and within_host and on_cpu and not wire.sums_halves:
-            self._codecs = ["none"]
-            self._instead = f"{options.compression} takes longer to code than it saves over Gloo on one host: "
-        elif options.compression == "auto" and within_host and on_cpu:
-            self._codecs = ["none"]
+        self._instead = why_not_halves(options.compression, within_host and on_cpu, wire.sums_halves)
+        if options.compression == "auto" and within_host and on_cpu:
             self._instead = "on one host codecs take longer than they save: "
+        if self._instead:
+            self._codecs = ["none"]
         self._numel = sum(p.numel() for p in parameters)
         shapes = [(p.numel(), matrix_shape(p.shape, options.powersgd_rank)) for p in parameters]
         self._thin = sum(n if s is None else options.powersgd_rank * sum(s) for n, s in shapes)

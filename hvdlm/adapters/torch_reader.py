@@ -59,7 +59,7 @@ def make_reader(loader: DataLoader[Any]) -> tuple[Feed, DataLoader[Any]]:
         more = {"prefetch_factor": loader.prefetch_factor, "persistent_workers": loader.persistent_workers}
     reader: DataLoader[Any] = DataLoader(
         loader.dataset,
-        batch_sampler=feed,  # type: ignore[arg-type]
+        batch_sampler=feed,  # type: ignore[arg-type]  # any iterable of lists
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
@@ -103,7 +103,7 @@ def refuse(loader: DataLoader[Any], name: str, options: Options, world: World) -
             )
         return
     try:
-        num_samples = len(loader.dataset)  # type: ignore[arg-type]
+        num_samples = len(loader.dataset)  # type: ignore[arg-type]  # only of what has a length
     except TypeError:
         raise DataError(
             f"{name}: its dataset {type(loader.dataset).__name__} has no length.", hint="give the dataset a __len__"
@@ -132,7 +132,7 @@ def refuse(loader: DataLoader[Any], name: str, options: Options, world: World) -
 
 def _has_length(sampler: object) -> bool:
     try:
-        return len(sampler) >= 0  # type: ignore[arg-type]
+        return len(sampler) >= 0  # type: ignore[arg-type]  # only of what has a length
     except TypeError:
         return False
 
@@ -149,7 +149,7 @@ def source_of(loader: DataLoader[Any], *, seed: int, shuffled: bool, custom: boo
     sampler = loader.sampler if type(loader.batch_sampler) is BatchSampler else loader.batch_sampler
     return Source(
         dataset=type(loader.dataset).__qualname__,
-        num_samples=len(loader.dataset),  # type: ignore[arg-type]
+        num_samples=len(loader.dataset),  # type: ignore[arg-type]  # only of what has a length
         content=_content_of(loader.dataset),
         seed=seed,
         shuffled=shuffled,

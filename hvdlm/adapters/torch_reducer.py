@@ -105,8 +105,8 @@ class Reducer:
             for e in members.values():
                 before = functools.partial(self._before_accumulate, e)
                 after = functools.partial(self._after_accumulate, e)
-                self._hooks.append(e.parameter.register_hook(before))  # type: ignore[no-untyped-call]
-                self._hooks.append(e.parameter.register_post_accumulate_grad_hook(after))  # type: ignore[no-untyped-call]
+                self._hooks.append(e.parameter.register_hook(before))  # type: ignore[no-untyped-call]  # torch gives it no types
+                self._hooks.append(e.parameter.register_post_accumulate_grad_hook(after))  # type: ignore[no-untyped-call]  # torch gives it no types
             self._entries.update(members)
 
     def _fill_buckets(self, number: int, entries: Sequence[_Entry]) -> None:

@@ -25,7 +25,7 @@ def is_custom(loader: DataLoader[Any]) -> bool:
     if type(loader.batch_sampler) is not BatchSampler:
         return True
     if type(sampler) is RandomSampler:
-        return sampler.replacement or sampler.num_samples != len(loader.dataset)  # type: ignore[arg-type]
+        return sampler.replacement or sampler.num_samples != len(loader.dataset)  # type: ignore[arg-type]  # only of what has a length
     return type(sampler) is not SequentialSampler
 
 
@@ -50,7 +50,7 @@ class Draws:
 
     def __len__(self) -> int:
         """Global batches of an epoch."""
-        steps = len(self._loader.batch_sampler)  # type: ignore[arg-type]
+        steps = len(self._loader.batch_sampler)  # type: ignore[arg-type]  # only of what has a length
         return -(-steps // self._world.size) if self._options.batch == "per_worker" else steps
 
     def digest_in(self, epoch: int) -> str:

@@ -95,7 +95,7 @@ def _decode(value: Any, tensors: list[torch.Tensor]) -> Any:
     ((kind, content),) = value.items()
     if kind == "t":
         tensor = torch.zeros(content[0], dtype=getattr(torch, content[1]))
-        tensor._hvdlm_on_cpu = content[2]  # type: ignore[attr-defined]
+        tensor._hvdlm_on_cpu = content[2]  # type: ignore[attr-defined]  # a mark of ours
         tensors.append(tensor)
         return tensor
     if kind in "lu":
@@ -107,7 +107,7 @@ def _decode(value: Any, tensors: list[torch.Tensor]) -> Any:
 def _placed(value: Any, device: torch.device | None) -> Any:
     """Tensors that were not on the CPU of rank 0 go to the parameter's device."""
     if isinstance(value, torch.Tensor):
-        return value if device is None or value._hvdlm_on_cpu else value.to(device)  # type: ignore[attr-defined]
+        return value if device is None or value._hvdlm_on_cpu else value.to(device)  # type: ignore[attr-defined]  # a mark of ours
     if isinstance(value, (list, tuple)):
         return type(value)(_placed(v, device) for v in value)
     if isinstance(value, dict):

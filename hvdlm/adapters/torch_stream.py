@@ -135,7 +135,7 @@ class StreamFeed:
         Raises:
             TypeError: It does not.
         """
-        num = len(self._loader.dataset)  # type: ignore[arg-type]
+        num = len(self._loader.dataset)  # type: ignore[arg-type]  # only of what has a length
         return num // self._batch_size if self._loader.drop_last else -(-num // self._batch_size)
 
     def batches(

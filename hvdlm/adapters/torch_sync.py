@@ -85,7 +85,8 @@ class Synchroniser:
             self._warm_up.left = options.compression_warmup_steps
         if options.sync != "global":
             self._add_local(groups, models, job)
-        if (options.sync != "local" or options.sync_warmup_steps) and groups:
+        together = options.sync != "local" or options.sync_warmup_steps > 0
+        if together and groups:
             reducer = Reducer(
                 groups,
                 wire=job.wire,
@@ -103,7 +104,7 @@ class Synchroniser:
                 Planner(reducer, job.wire, options, plain, self._watch, part=part, make=make, **told)
             reducer.share = self._share
             self._reducers.append(reducer)
-        if options.sync != "local" or options.sync_warmup_steps:
+        if together:
             self._watch.after.append(lambda: self._tell(job.recorder))
 
     def _shared(self, options: Options) -> dict[str, Any]:

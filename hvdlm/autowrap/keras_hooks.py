@@ -127,7 +127,7 @@ class KerasHooks:
         def iterate(data: Any) -> Iterator[Any]:
             frame = sys._getframe(1)
             if self._scope.busy or not is_own(frame.f_code.co_filename) or not tf.executing_eagerly():
-                return original(data)  # type: ignore[no-any-return]
+                return original(data)  # type: ignore[no-any-return]  # the original has no types
             own = self._stand_in(data, place(2))
             return original(data) if own is None else iter(own)
 

@@ -52,7 +52,7 @@ class Scope:
 
         self._outer, Scope.active = Scope.active, self
         actions: dict[str, Callable[[ModuleType], None]] = {
-            name: lambda module, refuse=refuse: self._undo.extend(refuse(self, module))  # type: ignore[misc]
+            name: lambda module, refuse=refuse: self._undo.extend(refuse(self, module))  # type: ignore[misc]  # a default holds the loop's value
             for name, refuse in REFUSALS.items()
         }
         actions["torch"] = lambda _: self._watch_torch()

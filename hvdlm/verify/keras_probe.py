@@ -90,7 +90,7 @@ class KerasProbe:
     def _iterated(self, original: Any, data: Any) -> Iterator[Any]:
         if is_own(sys._getframe(2).f_code.co_filename) and self._tf.executing_eagerly():
             self._probe.trace.unshared = max(0, int(data.cardinality()))
-        return original(data)  # type: ignore[no-any-return]
+        return original(data)  # type: ignore[no-any-return]  # the original has no types
 
     def _fit(self, original: Any, model: Any, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         from hvdlm.adapters.keras_data import COUNTS

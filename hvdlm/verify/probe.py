@@ -60,7 +60,7 @@ class Probe:
             self.trace.options = session.resolved.options.to_dict()
             return result
 
-        Session.attach = noted  # type: ignore[method-assign,assignment]
+        Session.attach = noted  # type: ignore[method-assign,assignment]  # while the probe runs
         # Replacing the file is part of it: what writes nothing would leave an empty one.
         saving._save_atomically = lambda adapter, value, path: self.trace.saved.append(path)
 

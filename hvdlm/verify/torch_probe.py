@@ -53,7 +53,7 @@ class TorchProbe:
             backward(tensors, *args, **kwargs)
 
         torch.autograd.backward = watched
-        torch.save = lambda value, file, *args, **kwargs: probe.trace.saved.append(str(file))  # type: ignore[attr-defined]
+        torch.save = lambda value, file, *args, **kwargs: probe.trace.saved.append(str(file))  # type: ignore[attr-defined]  # while the probe runs
         probe.closing = self._close
         probe.initial = lambda model: (
             {name: self._digest(p) for name, p in model.named_parameters()}
@@ -74,7 +74,7 @@ class TorchProbe:
                     probe.trace.unshared = len(data)
                 except TypeError:
                     probe.trace.unshared = 0
-            return iterate(data)  # type: ignore[no-any-return]
+            return iterate(data)  # type: ignore[no-any-return]  # the original has no types
 
         loader.__iter__ = watched
 
