@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from hvdlm.algorithms.comm_model import Link
+from hvdlm.algorithms.comm_model import ORDER, Link
 from hvdlm.contracts import Collectives
+from hvdlm.options import Options
 
-__all__ = ["agree_on", "measure_link", "why_not_halves"]
+__all__ = [
+    "FIRST_LOOK",
+    "LOOK_EVERY",
+    "agree_on",
+    "allowed_codecs",
+    "drifted",
+    "measure_link",
+    "median",
+    "why_not_halves",
+]
+
+FIRST_LOOK = 4
+"""Steps after which the time of computing is known well enough to choose again."""
+LOOK_EVERY = 100
+"""Steps between two looks at how long they wait."""
+_DRIFT = 1.5
+"""The link is measured anew when steps wait this many times as long, or as short, as before."""
 
 _SMALL_REPEATS = 5
 _SIZES = (2**18, 2**21, 2**23)
@@ -35,6 +53,40 @@ def why_not_halves(compression: str, within_host: bool, sums_halves: bool) -> st
     if compression not in ("fp16", "bf16") or not within_host or sums_halves:
         return ""
     return f"{compression} takes longer to code than it saves over Gloo on one host: "
+
+
+def allowed_codecs(options: Options, within_host: bool, sums_halves: bool) -> tuple[list[str], str]:
+    """The codecs that a plan may take, and why they are fewer than were asked for, the beginning of a sentence.
+
+    Args:
+        options: What is asked for.
+        within_host: Whether all workers are on one host, and compute on its processors.
+        sums_halves: As for :func:`why_not_halves`.
+    """
+    instead = why_not_halves(options.compression, within_host, sums_halves)
+    if options.compression == "auto" and within_host:
+        instead = "on one host codecs take longer than they save: "
+    if instead or (options.compression == "auto" and options.exact):
+        return ["none"], instead
+    return list(ORDER) if options.compression == "auto" else [options.compression], ""
+
+
+def drifted(wait: float, usual: float | None, compute: float) -> bool:
+    """Whether steps wait for something else than they used to.
+
+    Args:
+        wait: Seconds of a step.
+        usual: The same, some time ago; None if that is not known.
+        compute: Seconds a step computes: a wait of a hundredth of that is not worth looking at.
+    """
+    if usual is None or abs(wait - usual) <= 0.01 * compute:
+        return False
+    return not 1 / _DRIFT < wait / max(usual, 1e-9) < _DRIFT
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle one, or the one above; 0 of none."""
+    return float(sorted(values)[len(values) // 2]) if len(values) else 0.0
 
 
 def measure_link(collectives: Collectives, workers: int, within_host: bool = False) -> Link:

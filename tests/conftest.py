@@ -39,7 +39,12 @@ def _lasts(process: psutil.Process) -> bool:
 
 
 def _threads() -> set[threading.Thread]:
-    return {thread for thread in threading.enumerate() if not thread.name.startswith(("pytest_timeout", "tqdm"))}
+    # Threads of C++ that ran some Python stand there as dummies; nobody here has started them.
+    return {
+        thread
+        for thread in threading.enumerate()
+        if not thread.name.startswith(("pytest_timeout", "tqdm")) and not isinstance(thread, threading._DummyThread)
+    }
 
 
 def _files() -> set[str]:

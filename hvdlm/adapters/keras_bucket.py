@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from hvdlm.adapters.keras_codecs import Coder
 from hvdlm.adapters.keras_wire import KerasWire
+from hvdlm.algorithms.codecs import CODECS
 from hvdlm.contracts import Collectives
 
 __all__ = ["Buckets", "layout"]
@@ -75,12 +76,18 @@ class Buckets:
             self._made = tf.Variable(0, dtype=tf.int64, trainable=False)
         self._given: Mapping[str, Mapping[str, Any]] = {}
 
-    def sum(self, grads: Sequence[tf.Tensor], weight: tf.Tensor) -> list[tf.Tensor]:
+    @property
+    def owes(self) -> bool:
+        """Whether the codec remembers what it has not sent yet."""
+        return CODECS[self._codec].feedback
+
+    def sum(self, grads: Sequence[tf.Tensor], weight: tf.Tensor, *, settle: bool = False) -> list[tf.Tensor]:
         """Sum over ranks of weight * gradient, in the gradients' own types.
 
         Args:
             grads: Dense gradients; the same list on every rank. Their shapes are known, at least where they are coded.
             weight: float64 scalar; where it is 0 even a NaN counts nothing.
+            settle: Send it as it is, and with it all that the codec has not sent yet: the last sum before another way.
         """
         sums: list[tf.Tensor] = list(grads)
         early = self._made.assign_add(1) <= self._warm_up if self._warm_up else tf.constant(False)
@@ -93,7 +100,10 @@ class Buckets:
             name = f"{self._name}.{number}"
             if self.coded:
                 coder = self._coder(name, dtype, [tuple(grads[i].shape) for i in members])
-                total = self._either(early, flat, f"{name}.plain", coder.sum)
+                if settle:
+                    total = self._wire.sum(flat + coder.take(), f"{name}.settled")
+                else:
+                    total = self._either(early, flat, f"{name}.plain", coder.sum)
             else:
                 total = self._sum_flat(flat, name, (number, str(dtype), *known), early)
             pieces = tf.split(total, tf.stack(sizes), num=len(sizes)) if len(sizes) > 1 else [total]

@@ -189,6 +189,16 @@ class Coder:
         self._own.assign(tf.where(sound, tf.concat(left, 0), self._own))
         return tf.concat(result, 0)
 
+    def take(self) -> tf.Tensor:
+        """What this worker has not sent yet, one gradient after the other; it owes nothing then. With feedback only."""
+        owed = self._own.read_value()
+        if self._kept is not None:
+            chunk = self._padded // self._wire.size
+            owed += tf.pad(self._kept, [[self._wire.rank * chunk, (self._wire.size - 1 - self._wire.rank) * chunk]])
+            self._kept.assign(tf.zeros_like(self._kept))
+        self._own.assign(tf.zeros_like(self._own))
+        return owed[: self._length]
+
     def residuals(self) -> list[Any]:
         """What this worker has not sent yet: an array for each gradient; empty without feedback."""
         if self._own is None:

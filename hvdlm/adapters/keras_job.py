@@ -57,9 +57,8 @@ class Job:
     """int64 [steps, samples that counted here, samples in the job], so far."""
 
     def __post_init__(self) -> None:
-        on_cpu = not tf.config.list_physical_devices("GPU")
         sums_halves = getattr(self.collectives, "sums_halves", True)
-        instead = why_not_halves(self.options.compression, self.world.within_host and on_cpu, sums_halves)
+        instead = why_not_halves(self.options.compression, self.on_processors, sums_halves)
         if instead and not self.options.bucket_cap_mb:  # with a size everything is done as it says
             reason = f"{instead}compression=none"
             self.recorder.event("plan", codec="none", reason=reason)
@@ -83,6 +82,11 @@ class Job:
         with tf.init_scope():
             self.weight = tf.Variable(self._alone, dtype=tf.float64, trainable=False, name="hvdlm_weight")
             self.seen = tf.Variable([0, 0, 0], dtype=tf.int64, trainable=False, name="hvdlm_seen")
+
+    @property
+    def on_processors(self) -> bool:
+        """Whether all workers are on one host, and compute on its processors."""
+        return self.world.within_host and not tf.config.list_physical_devices("GPU")
 
     @property
     def partition(self) -> Partition:

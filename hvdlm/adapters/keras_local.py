@@ -52,7 +52,7 @@ class LocalSync:
         self._statistics = statistics
         cycle = getattr(optimizer, "gradient_accumulation_steps", None) or 1
         self._every = self._options.sync_every * int(cycle)
-        codec, cap = self._options.compression, bucket_cap_bytes
+        codec, cap = self._options.compression.replace("auto", "none"), bucket_cap_bytes
         settings: dict[str, Any] = {"rank": self._options.powersgd_rank, "ratio": self._options.topk_ratio}
         self._moves = Buckets(wire, f"hvdlm.local.{name}", codec=codec, cap_bytes=cap, **settings)
         self._statistics_moves, self._means = (

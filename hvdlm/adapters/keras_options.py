@@ -18,11 +18,6 @@ def refuse_options(options: Options, backend: str) -> None:
     if backend == "tf_keras":
         _refuse_under_keras_2(options)
         return
-    if options.compression == "auto":
-        raise ConfigError(
-            'compression="auto" is not available under Keras: nothing there measures what a step waits for.',
-            hint="set one of: none, fp16, bf16, int8, powersgd, topk; hvdlm bench step shows what each costs",
-        )
     given = {
         "sync": options.sync == "auto" or (options.sync == "local" and backend == "torch"),
         "local_group": options.local_group != "worker",

@@ -16,7 +16,7 @@ import keras
 import tensorflow as tf
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 
-from hvdlm.adapters.keras_bucket import Buckets
+from hvdlm.adapters.keras_planner import buckets_for
 from hvdlm.adapters.keras_wire import KerasWire
 from hvdlm.contracts import Collectives
 from hvdlm.options import Options
@@ -117,6 +117,7 @@ class Reducer:
         options: How gradients travel.
         bucket_cap_bytes: Largest bucket.
         name: Tells this reducer's collectives from those of others.
+        within_host, tell: See :class:`hvdlm.adapters.keras_planner.PlannedBuckets`.
     """
 
     def __init__(
@@ -128,6 +129,8 @@ class Reducer:
         options: Options,
         bucket_cap_bytes: float,
         name: str,
+        within_host: bool = False,
+        tell: Callable[..., object] = lambda *_, **__: None,
     ) -> None:
         self.optimizer = optimizer
         _reducers[id(optimizer)] = self
@@ -136,15 +139,7 @@ class Reducer:
         """By ``id`` of the ``tf.Variable``: which of its elements are trained; all of them where there is no mask."""
         self._wire, self._weight = wire, weight
         self._name = f"hvdlm.grad.{name}"
-        self._buckets = Buckets(
-            wire,
-            self._name,
-            codec=options.compression,
-            rank=options.powersgd_rank,
-            ratio=options.topk_ratio,
-            cap_bytes=bucket_cap_bytes,
-            warm_up=options.compression_warmup_steps,
-        )
+        self._buckets = buckets_for(options, wire, self._name, bucket_cap_bytes, within_host, tell)
 
     def state(self) -> dict[str, Any]:
         """What the codec remembers between two steps."""

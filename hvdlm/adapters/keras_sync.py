@@ -55,7 +55,14 @@ class Synchroniser:
             job.synchronise, job.synchronised = self.synchronise, lambda: self.synchronised
         else:
             made = Reducer(
-                optimizer, wire=wire, weight=job.weight, options=job.options, bucket_cap_bytes=cap, name=name
+                optimizer,
+                wire=wire,
+                weight=job.weight,
+                options=job.options,
+                bucket_cap_bytes=cap,
+                name=name,
+                within_host=job.on_processors,
+                tell=job.recorder.event,
             )
         self._parts.append(made)
         with tf.init_scope():

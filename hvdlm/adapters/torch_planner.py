@@ -15,19 +15,14 @@ from hvdlm.adapters.torch_backward import BackwardWatch
 from hvdlm.adapters.torch_coded import BucketMaker, ReducerWire, bucket_maker, maker_for
 from hvdlm.adapters.torch_reducer import Reducer
 from hvdlm.adapters.torch_wire import TorchWire
-from hvdlm.algorithms.comm_model import ORDER, Choice, Link, Load, choose, why_part
-from hvdlm.algorithms.powersgd import matrix_shape
+from hvdlm.algorithms.comm_model import Choice, Link, Load, choose, why_part
+from hvdlm.algorithms.powersgd import thin_elements
 from hvdlm.options import Options
-from hvdlm.planning import agree_on, measure_link, why_not_halves
+from hvdlm.planning import FIRST_LOOK, LOOK_EVERY, agree_on, allowed_codecs, drifted, measure_link, median
 
 __all__ = ["Planner", "codec_costs"]
 
 _log = logging.getLogger("hvdlm")
-_FIRST_LOOK = 4
-"""Backwards after which the time of computing is known well enough to choose again."""
-_LOOK_EVERY = 100
-_DRIFT = 1.5
-"""The link is measured anew when steps wait this many times as long, or as short, as after the last choice."""
 _STEP_OF_BACKWARDS = 2.5
 """What is longer than this many backwards is no computing of the step: an evaluation, a slow disk."""
 _TRIAL = (512, 512)
@@ -106,18 +101,10 @@ class Planner:
         self._make = make
         self._part = None if options.exact else part
         self._reducer, self._wire, self._options, self._tell = reducer, wire, options, tell
-        self._codecs: list[str] = [options.compression]
-        if options.compression == "auto":
-            self._codecs = ["none"] if options.exact else list(ORDER)
         on_cpu = all(p.device.type == "cpu" for p in parameters)
-        self._instead = why_not_halves(options.compression, within_host and on_cpu, wire.sums_halves)
-        if options.compression == "auto" and within_host and on_cpu:
-            self._instead = "on one host codecs take longer than they save: "
-        if self._instead:
-            self._codecs = ["none"]
+        self._codecs, self._instead = allowed_codecs(options, within_host and on_cpu, wire.sums_halves)
         self._numel = sum(p.numel() for p in parameters)
-        shapes = [(p.numel(), matrix_shape(p.shape, options.powersgd_rank)) for p in parameters]
-        self._thin = sum(n if s is None else options.powersgd_rank * sum(s) for n, s in shapes)
+        self._thin = thin_elements([p.shape for p in parameters], options.powersgd_rank)
         self._within_host = within_host
         self._link = measure_link(wire, wire.size, within_host)
         own = torch.get_num_threads() if on_cpu else math.inf
@@ -153,18 +140,13 @@ class Planner:
         self._waits.append(waited)
         self._ended = now
         self._steps += 1
-        if self._steps == _FIRST_LOOK:
+        if self._steps == FIRST_LOOK:
             self._replan(measured=True)
-        elif self._steps % _LOOK_EVERY == 0:
-            (wait,) = agree_on(self._wire, _median(self._waits))
+        elif self._steps % LOOK_EVERY == 0:
+            (wait,) = agree_on(self._wire, median(self._waits))
             usual, self._usual_wait = self._usual_wait, wait
-            (compute,) = agree_on(self._wire, _median(self._computes))
-            # A wait of a hundredth of a step is not worth looking at.
-            if (
-                usual is not None
-                and abs(wait - usual) > 0.01 * compute
-                and not 1 / _DRIFT < wait / max(usual, 1e-9) < _DRIFT
-            ):
+            (compute,) = agree_on(self._wire, median(self._computes))
+            if drifted(wait, usual, compute):
                 self._replan(measured=False)
                 self._usual_wait = None
             self._clear()
@@ -177,7 +159,7 @@ class Planner:
     def _replan(self, measured: bool) -> None:
         if not measured:
             self._link = measure_link(self._wire, self._wire.size, self._within_host)
-        self._decide(*agree_on(self._wire, _median(self._computes), _median(self._backwards)))
+        self._decide(*agree_on(self._wire, median(self._computes), median(self._backwards)))
         self._clear()
 
     def _clear(self) -> None:
@@ -222,7 +204,3 @@ class Planner:
     def link(self) -> Link:
         """As measured last."""
         return self._link
-
-
-def _median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2] if values else 0.0

@@ -9,7 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["CAPS_BYTES", "Choice", "Link", "Load", "choose", "sent_bytes", "step_overhead", "why_part"]
+__all__ = [
+    "CAPS_BYTES",
+    "ORDER",
+    "Choice",
+    "Link",
+    "Load",
+    "candidates",
+    "choose",
+    "sent_bytes",
+    "step_overhead",
+    "why_part",
+]
 
 CAPS_BYTES = tuple(int(mb * 2**20) for mb in (1, 2, 4, 8, 32))
 """Bucket sizes to choose among. Few, so that two runs on one cluster choose alike."""
@@ -140,6 +151,19 @@ def choose(
         f"gradients over {link}, {load.compute * 1e3:,.0f} ms of computing; ms added to a step: {told}"
     )
     return Choice(codec, cap, overhead, reason)
+
+
+def candidates(
+    codecs: Sequence[str], load: Load, link: Link, costs: Mapping[str, float], cap_bytes: int
+) -> tuple[str, ...]:
+    """The codecs that :func:`choose` may take, however long a step computes: each waits less than all before it."""
+    found: list[str] = []
+    least = float("inf")
+    for codec in sorted(codecs, key=ORDER.index):
+        overhead = step_overhead(codec, load, link, costs.get(codec, 0.0), cap_bytes)
+        if overhead < least:
+            found, least = [*found, codec], overhead
+    return tuple(found)
 
 
 def why_part(choice: Choice, load: Load, link: Link, sync_every: int) -> str | None:

@@ -6,13 +6,14 @@ The sum of the matrices is taken to be P Q'. Both sums are of rank-thin matrices
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["matrix_shape", "orthonormal", "powersgd_sum", "start", "warm"]
+__all__ = ["matrix_shape", "orthonormal", "powersgd_sum", "start", "thin_elements", "warm"]
 
 Array = npt.NDArray[Any]
 
@@ -27,6 +28,16 @@ def matrix_shape(shape: Sequence[int], rank: int) -> tuple[int, int] | None:
         return None
     rows, columns = int(shape[0]), int(np.prod(shape[1:]))
     return (rows, columns) if 2 * rank * (rows + columns) <= rows * columns else None
+
+
+def thin_elements(shapes: Iterable[Sequence[int]], rank: int) -> int:
+    """How many numbers stand for gradients of these shapes: those of the factors, and of what is sent whole.
+
+    >>> thin_elements([(256, 128), (256,)], 4)
+    1792
+    """
+    matrices = [(shape, matrix_shape(shape, rank)) for shape in shapes]
+    return sum(math.prod(shape) if matrix is None else rank * sum(matrix) for shape, matrix in matrices)
 
 
 def start(seed: int, columns: int, rank: int) -> Array:

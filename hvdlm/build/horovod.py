@@ -18,7 +18,7 @@ from typing import Any
 
 from hvdlm.build.cache import WheelCache
 from hvdlm.build.compile import compile_wheel, default_jobs
-from hvdlm.build.mends import apply_mends
+from hvdlm.build.edits import apply_mends
 from hvdlm.build.recipe import FRAMEWORKS, RECORD, Recipe, horovod_variables
 from hvdlm.build.sdist import fetch_sdist, unpack_sdist
 from hvdlm.build.toolchain import arch_flags, check_tools, find_mpi, framework_version

@@ -5,40 +5,15 @@ A change of this table is a change of what gets built: raise :data:`LABEL` with 
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Collection
 
-from hvdlm.errors import BuildError
+from hvdlm.build.edits import Edit, Mend
 
-__all__ = ["HOROVOD", "LABEL", "MENDS", "Edit", "Mend", "apply_mends", "digest", "select_mends"]
+__all__ = ["HOROVOD", "LABEL", "MENDS", "select_mends"]
 
 HOROVOD = "0.28.1"
-LABEL = "hvdlm3"
-"""Local version label of a wheel built with this set of mends: ``0.28.1+hvdlm3``."""
-
-
-@dataclass(frozen=True)
-class Edit:
-    """One replacement. ``find`` must occur exactly once in ``file``."""
-
-    file: str
-    find: str
-    replace: str
-
-
-@dataclass(frozen=True)
-class Mend:
-    """A named change and the reason for it."""
-
-    name: str
-    why: str
-    edits: tuple[Edit, ...]
-    needs: str = ""
-    """A condition of the build (``cpu`` or ``avx``) without which this is left out; empty for always."""
-
+LABEL = "hvdlm4"
+"""Local version label of a wheel built with this set of mends: ``0.28.1+hvdlm4``."""
 
 MENDS = (
     Mend(
@@ -180,6 +155,32 @@ MENDS = (
         ),
     ),
     Mend(
+        "torch-fork",
+        "its background thread took a new Python thread state, without the GIL, if it was the last to hold a tensor; "
+        "a process forked off then (a DataLoader's worker) waited for its lock for ever, until Python 3.12",
+        (
+            Edit(
+                "horovod/torch/handle_manager.cc",
+                '#include "handle_manager.h"\n',
+                '#include <Python.h>\n\n#include "handle_manager.h"\n',
+            ),
+            Edit(
+                "horovod/torch/handle_manager.cc",
+                "void HandleManager::MarkDone(int handle, const Status& status) {\n",
+                "static void KeepThreadState() {\n"
+                "  static thread_local bool kept = false;\n"
+                "  if (!kept && Py_IsInitialized()) {\n"
+                "    kept = true;\n"
+                "    PyGILState_Ensure();\n"
+                "    PyEval_SaveThread();\n"
+                "  }\n"
+                "}\n\n"
+                "void HandleManager::MarkDone(int handle, const Status& status) {\n"
+                "  KeepThreadState(); // before the lock: who has the GIL may wait for that\n",
+            ),
+        ),
+    ),
+    Mend(
         "sysconfig",
         "Python 3.12 has no distutils",
         (
@@ -250,41 +251,3 @@ def select_mends(conditions: Collection[str]) -> tuple[Mend, ...]:
         conditions: Those that hold, of ``cpu`` (no GPU operations) and ``avx`` (the processor has AVX and F16C).
     """
     return tuple(mend for mend in MENDS if not mend.needs or mend.needs in conditions)
-
-
-def digest(mends: Iterable[Mend] = MENDS) -> str:
-    """A hash of all that these mends change."""
-    edits = [[mend.name, mend.needs, [asdict(edit) for edit in mend.edits]] for mend in mends]
-    return hashlib.sha256(json.dumps(edits, sort_keys=True).encode()).hexdigest()
-
-
-def apply_mends(source: Path, mends: Iterable[Mend]) -> None:
-    """Apply mends to an unpacked source tree.
-
-    Raises:
-        BuildError: The text a mend looks for does not occur exactly once; the mend is named and nothing is written.
-    """
-    texts: dict[Path, str] = {}
-    for mend in mends:
-        for edit in mend.edits:
-            path = source / edit.file
-            if path not in texts:
-                try:
-                    # Bytes, not read_text(): line ends stay as they are.
-                    texts[path] = path.read_bytes().decode()
-                except (OSError, UnicodeDecodeError) as error:
-                    raise BuildError(f"mend {mend.name!r} cannot read {edit.file}: {error}.", hint=_HINT) from None
-            count = texts[path].count(edit.find)
-            if count != 1:
-                found = "does not occur" if not count else f"occurs {count} times"
-                raise BuildError(
-                    f"mend {mend.name!r} no longer fits: in {edit.file}, the text it replaces {found} "
-                    f"(it must occur once):\n{edit.find.strip()}",
-                    hint=_HINT,
-                )
-            texts[path] = texts[path].replace(edit.find, edit.replace)
-    for path, text in texts.items():
-        path.write_bytes(text.encode())
-
-
-_HINT = f"the source is not Horovod {HOROVOD} as released; try again with: hvdlm build-horovod --force"

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hvdlm.build.mends import HOROVOD, LABEL, Mend, digest, select_mends
+from hvdlm.build.edits import Mend, digest
+from hvdlm.build.mends import HOROVOD, LABEL, select_mends
 from hvdlm.build.sdist import SHA256
 from hvdlm.build.toolchain import Mpi
 

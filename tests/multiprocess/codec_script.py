@@ -5,9 +5,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
+import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -158,6 +162,36 @@ def waits(wire: TorchWire) -> float:
     return time.thread_time() - before
 
 
+def _thread_states() -> int:
+    """How many threads the interpreter knows of; those of C++ are not in ``threading``."""
+    python = ctypes.pythonapi
+    for function in (python.PyInterpreterState_Get, python.PyInterpreterState_ThreadHead, python.PyThreadState_Next):
+        function.restype = ctypes.c_void_p
+    state, count = python.PyInterpreterState_ThreadHead(ctypes.c_void_p(python.PyInterpreterState_Get())), 0
+    while state:
+        state, count = python.PyThreadState_Next(ctypes.c_void_p(state)), count + 1
+    return count
+
+
+def forks(wire: TorchWire) -> dict[str, int]:
+    """Fork right after collectives whose tensors nobody here holds any longer, as a DataLoader of a new epoch does."""
+    stuck = 0
+    for turn in range(100):
+        wire.wait(wire.start(torch.zeros(100_000), f"dropped.{turn}"))
+        child = os.fork()
+        if not child:
+            os._exit(0)
+        deadline = time.monotonic() + 10
+        while not os.waitpid(child, os.WNOHANG)[0]:
+            if time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                stuck += 1
+                break
+            time.sleep(0.001)
+    return {"stuck": stuck, "native": _thread_states() - threading.active_count()}
+
+
 def main() -> None:
     adapter = TorchAdapter()
     adapter.start(launched=True)
@@ -171,6 +205,7 @@ def main() -> None:
             result[codec].update(sizes(wire, codec, number))
     result["warm-up"] = warms_up(wire, number)
     result["waits"] = waits(wire)
+    result["forks"] = forks(wire)
     if wire.rank == 0:
         Path(sys.argv[1]).write_text(json.dumps(result))
 

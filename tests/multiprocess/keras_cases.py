@@ -6,12 +6,14 @@ case. Many cases share a process because starting one costs more than training i
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import keras
 import numpy as np
@@ -130,6 +132,50 @@ def fit_sgd_topk_whole() -> Result:
 def fit_compressed_later() -> Result:
     later = {"compression": "topk", "topk_ratio": 0.01, "compression_warmup_steps": 1000}
     return run(compiled(keras.optimizers.SGD(0.1)), options=later)
+
+
+@case
+def fit_auto() -> Result:
+    """On one host nothing is coded."""
+    return run(compiled(keras.optimizers.SGD(0.1)), options={"compression": "auto"})
+
+
+@contextlib.contextmanager
+def between_hosts() -> Iterator[None]:
+    """A link over which a codec pays until it is known that a step computes for longer than a sum takes."""
+    from hvdlm.adapters import keras_job, keras_planner
+    from hvdlm.algorithms.comm_model import Link
+
+    chosen: list[str] = []
+    decide = keras_planner.PlannedBuckets._decide
+
+    def told(self: Any, compute: float) -> None:
+        decide(self, compute)
+        chosen.append(self.choice)
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, stand_in in (
+            (keras_job.Job, "on_processors", False),
+            (keras_planner, "measure_link", lambda *_: Link(1e-6, 4e7)),
+            (keras_planner, "_codec_costs", lambda _, codecs, __: dict.fromkeys(codecs, 0.0)),
+            (keras_planner.PlannedBuckets, "_decide", told),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, stand_in))
+        yield
+    assert len(chosen) == (2 if hvdlm.size() > 1 else 0) and "none" not in chosen[:1] and chosen[1:] in ([], ["none"])
+
+
+@case
+def fit_planned() -> Result:
+    with between_hosts():
+        return run(compiled(keras.optimizers.SGD(0.1)), options={"compression": "auto"})
+
+
+@case
+def loop_planned_in_graph() -> Result:
+    dataset = tf.data.Dataset.from_tensor_slices(text(57)).batch(BATCH)
+    with between_hosts():
+        return loop(keras.optimizers.SGD(0.1), dataset, graph=True, compression="auto")
 
 
 PRUNED = {"prune": "magnitude", "prune_begin": 4, "prune_end": 40, "prune_every": 9, "prune_sparsity": 0.8}

@@ -60,3 +60,9 @@ def test_the_first_gradients_may_travel_as_they_are(results: dict[str, Any], job
 def test_who_waits_for_others_leaves_its_processor_to_them(results: dict[str, Any], job: str) -> None:
     """Horovod as released asks without a pause, which takes all of the second."""
     assert results[job]["waits"] < 0.3
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_process_forked_after_a_collective_starts(results: dict[str, Any], job: str) -> None:
+    """The background thread of Horovod as released takes a thread state for each tensor, and its lock is forked too."""
+    assert results[job]["forks"] == {"stuck": 0, "native": 1}

@@ -21,7 +21,13 @@ pytestmark = pytest.mark.timeout(900)
 
 # Everything is float32. Runs take 33 to 56 steps.
 SGD, ADAM, COMPRESSED = 1e-5, 5e-5, 2e-3
-LOSSY = {"fit_sgd_int8": 2e-3, "fit_sgd_bf16": 1e-2, "fit_sgd_powersgd": 1e-1}
+LOSSY = {
+    "fit_sgd_int8": 2e-3,
+    "fit_sgd_bf16": 1e-2,
+    "fit_sgd_powersgd": 1e-1,
+    "fit_planned": COMPRESSED,
+    "loop_planned_in_graph": COMPRESSED,
+}
 TOLERANCES = {
     "fit_adam_compressed": COMPRESSED,
     "fit_sgd_compressed_small_buckets": COMPRESSED,
@@ -52,6 +58,7 @@ ON_THREE = [
     "fit_sgd",
     "fit_adam_compressed",
     "fit_sgd_int8",
+    "loop_planned_in_graph",
     "small_tail",
     "pruned_adam",
     "gradient_accumulation",
@@ -74,6 +81,7 @@ ON_TORCH = [
     "fit_adam",
     "fit_adamw_global_clipnorm",
     "fit_adam_compressed",
+    "fit_auto",
     "small_tail",
     "gradient_accumulation",
     "loss_scale_with_inf_on_one_rank",

