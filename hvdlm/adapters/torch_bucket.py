@@ -8,7 +8,7 @@ collective, which parameters nobody used: their ``.grad`` stays as it was, as in
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -121,6 +121,8 @@ class Bucket:
         self._exponent: int | None = None
         self._sent_half = False
         self._all_used = False
+        self.owed: dict[int, torch.Tensor] = {}
+        """By ``id`` of the parameter: what another codec had not sent when this one took over. Goes with a gradient."""
 
     @property
     def launched(self) -> bool:
@@ -146,6 +148,9 @@ class Bucket:
         grad = torch.view_as_real(grad.detach()) if grad.dtype.is_complex else grad.detach()
         weight = slot.weight
         assert weight is not None
+        owed = self.owed.get(id(slot.parameter))
+        if owed is not None:
+            grad, weight = (owed if weight == 0.0 else torch.add(owed, grad, alpha=weight)), 1.0
         if self._half is not None and self._exponent is not None:
             encode(grad, weight, self._exponent, self._half_views[slot.number])
             return
@@ -157,6 +162,17 @@ class Bucket:
         else:
             view.copy_(grad)  # to the wider type first: a weighted half float would round once more
             view.mul_(weight)
+
+    def owe(self, left: Mapping[int, torch.Tensor | None]) -> None:
+        """Send this with the next gradients, by ``id`` of the parameter; what has another shape is dropped."""
+        shapes = {key: self._views[slot.number].shape for key, slot in self._slots.items()}
+        given = {key: left.get(key) for key in shapes}
+        self.owed = {key: own.clone() for key, own in given.items() if own is not None and own.shape == shapes[key]}
+
+    def _pay(self) -> None:
+        """What was owed is on its way, where there was a gradient for it to go with."""
+        if self.owed:
+            self.owed = {key: owed for key, owed in self.owed.items() if self._slots[key].weight is None}
 
     def launch(self, counted: bool) -> None:
         """Start the sum. On a rank without samples (not ``counted``) the flags stay 0, as the gradients do."""
@@ -173,6 +189,7 @@ class Bucket:
                     flags[i] = 0.0
         self._sent_half = half is not None
         self._all_used = counted and not self._unfilled
+        self._pay()
         self._handle = self._wire.start(buffer, self.name)
 
     def finish(self) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:

@@ -135,6 +135,7 @@ class CodedBucket(Bucket):
                         self._held.append((own, own.clone()))
                         own.zero_()
         self._all_used = counted and not self._unfilled
+        self._pay()
         self._under_way = True
         self._journey.start(self._flat, self._flags)
 
@@ -185,6 +186,7 @@ def capture(buckets: Iterable[Bucket], names: Mapping[int, str]) -> dict[str, di
     """
     state: dict[str, dict[str, torch.Tensor]] = {"residuals": {}, "warm": {}}
     for bucket in buckets:
+        state["residuals"].update((names[key], value.clone()) for key, value in bucket.owed.items())
         if isinstance(bucket, CodedBucket):
             state["residuals"].update((names[key], value.clone()) for key, value in bucket.residuals().items())
             state["warm"].update((names[key], value.clone()) for key, value in bucket.warm().items())
@@ -208,9 +210,13 @@ def pool(buckets: Iterable[Bucket], wire: Wire, size: int) -> None:
 def restore(
     buckets: Iterable[Bucket], names: Mapping[int, str], state: Mapping[str, Mapping[str, torch.Tensor]]
 ) -> None:
-    """Put back what :func:`capture` took; what the state lacks, or has in another shape, starts anew."""
+    """Put back what :func:`capture` took; what the state lacks, or has in another shape, starts anew.
+
+    A codec that forgets what it drops sends what another one left, with the next gradient.
+    """
     for bucket in buckets:
-        if not isinstance(bucket, CodedBucket):
+        if not isinstance(bucket, CodedBucket) or bucket.residual() is None:
+            bucket.owe({key: state.get("residuals", {}).get(name) for key, name in names.items()})
             continue
         for part, own in (("residuals", bucket.residuals()), ("warm", bucket.warm())):
             for key, value in own.items():

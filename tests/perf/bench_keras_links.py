@@ -4,8 +4,8 @@
     python tests/perf/bench_keras_links.py --rate 10mbit --steps 20 --codec none,int8,powersgd,auto
 
 The transformer of ``bench_keras.py``. Each figure is the median step of a job of its own, without the first steps, in
-which ``auto`` looks; jobs alternate. ``against the best`` is the median over rounds of the ratio to the fastest codec of
-the round. Use an otherwise idle machine.
+which ``auto`` looks; jobs alternate. The last column is the median over rounds of the ratio to the fastest codec of the
+round. Use an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def main() -> None:
     parser.add_argument("--out", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return worker(args.worker, args.steps, args.out)
+        worker(args.worker, args.steps, args.out)
+        return
     codecs = args.codec.split(",")
     for rate in args.rate or ["1gbit", "100mbit"]:
         seconds: dict[str, list[float]] = {codec: [] for codec in codecs}

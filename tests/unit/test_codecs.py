@@ -476,3 +476,34 @@ def test_a_worker_that_joins_gets_no_copy_of_what_another_has_not_sent(codec: st
         torch.testing.assert_close(sum(state[name] for state in after), owed)
         shares = [float(state[name].abs().max()) > 0 for state in after]
         assert shares == ([True] * 4 if pooled else [True, True, False, False])
+
+
+@pytest.mark.parametrize("after", ["none", "fp16", "bf16"])
+@pytest.mark.parametrize("codec", ["int8", "powersgd", "topk"])
+def test_what_a_codec_has_not_sent_goes_with_the_next_gradient_of_one_that_forgets(codec: str, after: str) -> None:
+    """As when the planner changes its mind: the sums of both are the sums of all gradients. Once, and no more."""
+
+    def work(collectives: ThreadCollectives) -> Any:
+        bucket, parameters, wire = make_bucket(codec, collectives)
+        names = {id(p): f"p{i}" for i, p in enumerate(parameters)}
+        own = gradients_of(wire.rank)
+        totals = backward(bucket, parameters, own, 1.0)
+        plain = bucket_maker(after, wire)("after", parameters, torch.float32, CPU)
+        restore([plain], names, capture([bucket], names))
+        waiting = capture([plain], names)["residuals"]
+        # One worker's samples are fillers now; the last parameter is used a step later.
+        poison = [torch.full_like(g, math.nan) for g in own]
+        given = [*(poison if wire.rank else own)[:-1], None]
+        first = backward(plain, parameters, given, float(wire.rank == 0))
+        second = backward(plain, parameters, own, 1.0)
+        sums = [totals[i] + first.get(i, 0.0) + second[i] for i in range(len(own))]
+        return sums, waiting, capture([plain], names)["residuals"]
+
+    found = FakeJob(2).run(work)
+    everyone = [gradients_of(rank) for rank in range(2)]
+    for sums, waiting, left in found:
+        assert len(waiting) == len(SHAPES) and not left
+        for i, value in enumerate(sums):
+            last = i == len(sums) - 1
+            expected = 2 * (everyone[0][i] + everyone[1][i]) + (0.0 if last else everyone[0][i])
+            torch.testing.assert_close(value, expected, rtol=3e-2, atol=3e-2 if after == "bf16" else 5e-3)
