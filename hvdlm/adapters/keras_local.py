@@ -7,6 +7,7 @@ so every rank takes the branch that averages. The arithmetic is that of :mod:`hv
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -15,10 +16,11 @@ import tensorflow as tf
 
 from hvdlm.adapters.keras_bucket import Buckets
 from hvdlm.adapters.keras_job import Job
-from hvdlm.adapters.keras_reducer import tensor_of
+from hvdlm.adapters.keras_reducer import Reducer, tensor_of
 from hvdlm.adapters.keras_state import is_random_state
 from hvdlm.adapters.keras_wire import KerasWire
 from hvdlm.contracts import Collectives
+from hvdlm.errors import ConfigError
 
 __all__ = ["LocalSync"]
 
@@ -59,33 +61,74 @@ class LocalSync:
             Buckets(wire, f"hvdlm.local.{name}.{what}", codec="none", cap_bytes=cap, **settings)
             for what in ("statistics", "means")
         )
+        self._together = self._options.sync_warmup_steps * int(cycle)
+        self._reducer = Reducer(
+            optimizer,
+            wire=wire,
+            weight=job.weight,
+            options=replace(self._options, compression="none"),
+            bucket_cap_bytes=cap,
+            name=f"{name}.together",
+            weighs_loss=False,
+        )
         self._starts: dict[int, tuple[Any, tf.Variable]] = {}
         self._velocities: dict[int, tf.Variable] = {}
         self._given: dict[str, Any] = {}
         with tf.init_scope():  # variables outlive the graph that is being traced
             self._steps = tf.Variable(0, dtype=tf.int64, trainable=False)
             self._seen = tf.Variable(job.seen.read_value(), trainable=False)
+            self._made = tf.Variable(0, dtype=tf.int64, trainable=False)
 
     def reduce(self, grads: Sequence[Any], variables: Sequence[Any] | None) -> list[Any]:
-        """This worker's own gradients, as it steps along them; None stays None."""
+        """This worker's own gradients, as it steps along them, or those of all at first; None stays None."""
         self._take_in(self._trained(variables))
         weight = tf.convert_to_tensor(self._job.weight)
         # A sample that only keeps this worker in step moves nothing, not even where its gradient is a NaN. A loss that
         # is a sum takes the step of the whole batch, from a part of it.
         counts = tf.cast(weight > 0, tf.float64)
         factor = counts if self._options.reduction == "mean" else tf.math.divide_no_nan(counts, weight)
-        return [None if grad is None else _times(grad, factor) for grad in grads]
+        own = [None if grad is None else _times(grad, factor) for grad in grads]
+        return self._at_first_of_all(own, variables) if self._together else own
+
+    def _at_first_of_all(self, own: list[Any], variables: Sequence[Any] | None) -> list[Any]:
+        used = [i for i, grad in enumerate(own) if grad is not None]
+        slices: list[bool] = []
+
+        def of_all() -> list[Any]:
+            found = self._reducer.reduce(own, variables)
+            slices[:] = [isinstance(found[i], tf.IndexedSlices) for i in used]
+            return [found[i] for i in used]
+
+        def of_one() -> list[Any]:
+            # What travels dense is dense in the other branch too, which is traced first.
+            kept = slices or [True] * len(used)
+            return [own[i] if keep else tf.convert_to_tensor(own[i]) for i, keep in zip(used, kept, strict=True)]
+
+        result = list(own)
+        for i, grad in zip(used, tf.cond(self._made < self._together, of_all, of_one), strict=True):
+            result[i] = grad
+        return result
 
     def applied(self, variables: Sequence[Any] | None) -> None:
         """The optimizer has made its step: average if it is time. Also in graphs."""
-        steps = self._steps.assign_add(1)
         trained = self._trained(variables)
 
         def meet() -> tf.Tensor:
             self._meet(trained)
             return tf.constant(True)
 
-        tf.cond(steps >= self._every, meet, lambda: tf.constant(False))
+        def alone() -> tf.Tensor:
+            return tf.cond(self._steps.assign_add(1) >= self._every, meet, lambda: tf.constant(False))
+
+        def together() -> tf.Tensor:
+            self._made.assign_add(1)
+            self._restart()
+            return tf.constant(False)
+
+        if self._together:
+            tf.cond(self._made < self._together, together, alone)
+        else:
+            alone()
 
     def _trained(self, variables: Sequence[Any] | None) -> list[Any]:
         return [tensor_of(v) for v in (self.optimizer._trainable_variables if variables is None else variables)]
@@ -94,6 +137,12 @@ class LocalSync:
         return [tensor_of(v) for v in self._statistics() if v.dtype.startswith("float") and not is_random_state(v)]
 
     def _take_in(self, trained: Sequence[Any]) -> None:
+        if self._together and self._moving():
+            raise ConfigError(
+                f"sync_warmup_steps={self._options.sync_warmup_steps} under Keras, for a model with moving averages "
+                "(BatchNormalization): each worker would take them of its own part of a batch.",
+                hint="leave sync_warmup_steps out, or use LayerNormalization",
+            )
         new = [v for v in [*trained, *self._moving()] if id(v) not in self._starts]
         with tf.init_scope():
             for v in new:
@@ -160,12 +209,14 @@ class LocalSync:
 
     def state(self) -> dict[str, Any]:
         """What the codec remembers, and the outer optimizer, by number of the variable."""
-        return {**self._moves.state(), "velocity": {str(i): v.numpy() for i, v in enumerate(self._velocities.values())}}
+        velocity = {str(i): v.numpy() for i, v in enumerate(self._velocities.values())}
+        return {**self._moves.state(), "velocity": velocity, "together": {"steps": int(self._made.numpy())}}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state`; variables are the restored ones, equal on every rank."""
         self._moves.load_state(state)
         self._given = dict(state.get("velocity", {}))
+        self._made.assign(int(state.get("together", {}).get("steps", 0)))
         for i, v in enumerate(self._velocities.values()):
             v.assign(self._velocity(i, v))
         self._restart()

@@ -21,7 +21,7 @@ def refuse_options(options: Options, backend: str) -> None:
     given = {
         "sync": options.sync == "auto" or (options.sync == "local" and backend == "torch"),
         "local_group": options.local_group != "worker",
-        "sync_warmup_steps": options.sync_warmup_steps > 0,
+        "sync_warmup_steps": options.sync_warmup_steps > 0 and backend == "torch",
         "prune": options.prune != "none" and backend == "torch",
         "key": options.key != "none",
         "weight": callable(options.weight) and backend == "tensorflow",

@@ -118,6 +118,7 @@ class Reducer:
         bucket_cap_bytes: Largest bucket.
         name: Tells this reducer's collectives from those of others.
         within_host, tell: See :class:`hvdlm.adapters.keras_planner.PlannedBuckets`.
+        weighs_loss: Whether a scaled loss is weighted, and its gradients are not.
     """
 
     def __init__(
@@ -131,9 +132,11 @@ class Reducer:
         name: str,
         within_host: bool = False,
         tell: Callable[..., object] = lambda *_, **__: None,
+        weighs_loss: bool = True,
     ) -> None:
         self.optimizer = optimizer
-        _reducers[id(optimizer)] = self
+        if weighs_loss:
+            _reducers[id(optimizer)] = self
         self._is_weighted = False
         self.masks: Mapping[int, tf.Variable] = {}
         """By ``id`` of the ``tf.Variable``: which of its elements are trained; all of them where there is no mask."""

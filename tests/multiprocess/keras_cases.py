@@ -178,6 +178,26 @@ def loop_planned_in_graph() -> Result:
         return loop(keras.optimizers.SGD(0.1), dataset, graph=True, compression="auto")
 
 
+TOGETHER = {"sync": "local", "sync_warmup_steps": 1000}
+"""To part later than the run ends."""
+
+
+@case
+def fit_adam_before_it_parts() -> Result:
+    return run(compiled(keras.optimizers.Adam(1e-3)), options=TOGETHER)
+
+
+@case
+def accumulating_before_it_parts() -> Result:
+    return run(compiled(keras.optimizers.SGD(0.1, gradient_accumulation_steps=4)), options=TOGETHER)
+
+
+@case
+def loop_in_graph_before_it_parts() -> Result:
+    dataset = tf.data.Dataset.from_tensor_slices(text(57)).batch(BATCH)
+    return loop(keras.optimizers.SGD(0.1), dataset, graph=True, **TOGETHER)
+
+
 PRUNED = {"prune": "magnitude", "prune_begin": 4, "prune_end": 40, "prune_every": 9, "prune_sparsity": 0.8}
 
 

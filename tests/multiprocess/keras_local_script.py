@@ -19,6 +19,7 @@ from keras import layers
 import hvdlm
 from hvdlm.algorithms.outer import mean_move, nesterov
 from hvdlm.algorithms.partition import split_shares
+from hvdlm.errors import ConfigError
 from tests.multiprocess.answers import write_answer
 
 SAMPLES, BATCH, EPOCHS, EVERY = 45, 7, 3, 4
@@ -76,6 +77,7 @@ def played(
         optimizer.build(worker.trainable_variables)
     velocity = [np.zeros(v.shape) for v in shared.trainable_variables]
     counts, steps, (x, y) = [0] * size, 0, data_of(samples)
+    left = options.get("sync_warmup_steps", 0)
     outer = {"lr": options.get("outer_lr", 0.7), "momentum": options.get("outer_momentum", 0.9)}
 
     def synchronise() -> None:
@@ -106,16 +108,27 @@ def played(
         for at in range(0, samples, BATCH):
             xs, ys = x[at : at + BATCH], y[at : at + BATCH]
             ends = np.cumsum([0, *split_shares(len(xs), [1.0] * size)])
-            for i, (worker, optimizer) in enumerate(zip(workers, optimizers, strict=True)):
+            found = []
+            for i, worker in enumerate(workers):
                 part = slice(int(ends[i]), int(ends[i + 1]))
                 count = part.stop - part.start
                 with tf.GradientTape() as tape:
                     part = part if count else slice(0, 1)
                     loss = tf.reduce_mean(tf.square(worker(xs[part], training=True) - ys[part]))
                     loss = loss * (1.0 if count else 0.0)
-                variables = worker.trainable_variables
-                optimizer.apply(tape.gradient(loss, [v.value for v in variables]), variables)
+                found.append(tape.gradient(loss, [v.value for v in worker.trainable_variables]))
                 counts[i] += count
+            if left:
+                parts = np.diff(ends) / len(xs)
+                together = [sum(w * g for w, g in zip(parts, gs, strict=True)) for gs in zip(*found, strict=True)]
+                found = [together] * size
+            for worker, optimizer, gradients in zip(workers, optimizers, found, strict=True):
+                optimizer.apply(gradients, worker.trainable_variables)
+            if left:
+                left, counts = left - 1, [0] * size
+                for own, v in zip(shared.trainable_variables, workers[0].trainable_variables, strict=True):
+                    own.assign(v)
+                continue
             steps += 1
             if steps == EVERY:
                 synchronise()
@@ -134,6 +147,8 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "batch_norm": (sgd, {"norm": True, "samples": 42}),
     "by_hand": (adam, {"by_hand": True}),
     "small_buckets": (sgd, {"bucket_cap_mb": 0.001}),
+    "together_first": (adam, {**NESTEROV, "sync_warmup_steps": 9}),  # into the second epoch
+    "together_first_by_hand": (sgd, {"sync_warmup_steps": 6, "by_hand": True, "samples": 43}),
 }
 
 
@@ -151,6 +166,16 @@ def found(name: str, run: Callable[[], tuple[Any, Any]]) -> dict[str, Any]:
     }
 
 
+def refused() -> Any:
+    """Moving averages would be each worker's own while all train together."""
+    try:
+        trained(sgd, norm=True, sync_warmup_steps=3)
+    except ConfigError as error:
+        assert "moving averages" in str(error)
+        return model_of()
+    raise AssertionError("a model with moving averages was taken")
+
+
 def main() -> None:
     directory = Path(sys.argv[1])
     runs: dict[str, Callable[[], tuple[Any, Any]]] = {
@@ -158,6 +183,7 @@ def main() -> None:
         for name, (make, options) in CASES.items()
     }
     runs["coded"] = lambda: (trained(sgd, compression="int8"), None)
+    runs["refused"] = lambda: (refused(), None)
     for name, run in runs.items():
         write_answer(directory, name, lambda name=name, run=run: found(name, run))
 

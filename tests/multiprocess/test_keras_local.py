@@ -17,6 +17,7 @@ pytestmark = pytest.mark.timeout(400)
 def test_as_all_workers_in_one_process(tmp_path: Path) -> None:
     done = run_workers([str(SCRIPT), str(tmp_path)], 3, controller="gloo", cwd=tmp_path, timeout=300)
     found = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert "refused.0.json" in found
     errors = [result["error"] for result in found.values() if "error" in result]
     assert not errors, errors[0]
     assert done.returncode == 0, done.stderr[-3000:]
