@@ -153,6 +153,9 @@ def _open_mpi(spec: JobSpec, mpi: Mpi, *, root: bool, over: bool, crowded: bool,
         argv += ["--mca", "btl_tcp_if_include", interface]
     if crowded:
         argv += ["--mca", "mpi_yield_when_idle", "1"]
+    if spec.num_proc == len(spec.hosts) == 2 and "coll_tuned" not in (flags.get("mpi_args") or ""):
+        # Of two, each sends the other all it has, both at once. The ring, which Open MPI takes, has them take turns.
+        argv += ["--mca", "coll_tuned_use_dynamic_rules", "1", "--mca", "coll_tuned_allreduce_algorithm", "3"]
     if len(spec.hosts) >= _LARGE_JOB_HOSTS and mpi.major < 5:
         argv += ["--mca", "plm_rsh_no_tree_spawn", "true", "--mca", "plm_rsh_num_concurrent", str(len(spec.hosts))]
     return argv

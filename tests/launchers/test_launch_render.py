@@ -84,9 +84,20 @@ def test_flags_reach_mpirun():
     assert render(job, OPEN_MPI_5, interface="10.0.0.0/24", ssh_program="/tmp/x/ssh")[:-14] == [
         "/opt/my mpi/mpirun", "-np", "2", "-H", "a:1,b:1", "--rankfile", "my file", "--mca", "pml", "ob1",
         "--mca", "btl", "self,sm,tcp", "--mca", "btl_tcp_if_include", "10.0.0.0/24",
+        "--mca", "coll_tuned_use_dynamic_rules", "1", "--mca", "coll_tuned_allreduce_algorithm", "3",
         "--prtemca", "plm_ssh_agent", "/tmp/x/ssh", "--prtemca", "oob_tcp_if_include", "10.0.0.0/24",
         "--mca", "x", "y z",
     ]  # fmt: skip
+
+
+def test_two_hosts_of_one_worker_each_send_at_once():
+    def is_set(hosts, num_proc, **flags):
+        return "coll_tuned_allreduce_algorithm" in render(spec(hosts, num_proc, **flags), OPEN_MPI_5)
+
+    assert is_set("a:1,b:1", 2)
+    # Of more, recursive doubling sends more than the ring; on one host nobody waits for a wire.
+    assert not is_set("a:2,b:1", 3) and not is_set("a:2,b:2", 4) and not is_set("localhost:2", 2)
+    assert not is_set("a:1,b:1", 2, mpi_args="--mca coll_tuned_use_dynamic_rules 0"), "what a person sets holds"
 
 
 def test_yields_when_threads_fill_the_cores():
