@@ -17,7 +17,7 @@ CASES = [
     if before == "@case"
 ]
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1200)
 
 # Everything is float32. Runs take 33 to 56 steps.
 SGD, ADAM, COMPRESSED = 1e-5, 5e-5, 2e-3

@@ -11,7 +11,7 @@ from tests.multiprocess import torch_cases
 from tests.multiprocess.workers import run_workers
 
 # The first test waits for all the jobs below.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1200)
 
 SCRIPT = Path(torch_cases.__file__)
 
@@ -50,7 +50,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for job, (workers, controller, names) in JOBS.items():
         directory = tmp_path_factory.mktemp(job)
         done = run_workers(
-            [str(SCRIPT), str(directory), *names], workers, controller=controller, cwd=directory, timeout=240
+            [str(SCRIPT), str(directory), *names], workers, controller=controller, cwd=directory, timeout=360
         )
         assert done.returncode == 0, done.stderr[-3000:]
         directories[job] = directory
