@@ -7,7 +7,7 @@ inside a graph and eagerly. Every rank sees the same sums, so every rank takes t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from hvdlm.adapters.keras_codecs import Coder
 from hvdlm.adapters.keras_wire import KerasWire
 from hvdlm.algorithms.codecs import CODECS
 from hvdlm.contracts import Collectives
+from hvdlm.options import Options
 
-__all__ = ["Buckets", "layout"]
+__all__ = ["Buckets", "layout", "make_buckets", "merged"]
 
 _TARGET_EXP = 12
 """The scaled absolute maximum is brought to 2**12: 16 times under the fp16 limit, 2**36 above its smallest number."""
@@ -152,9 +153,7 @@ class Buckets:
 
     def state(self) -> dict[str, dict[str, Any]]:
         """What codecs remember between two steps; see :meth:`hvdlm.adapters.keras_codecs.Coder.state`."""
-        states = [coder.state() for coder in self._coders.values()]
-        kept = {what: {k: v for state in states for k, v in state[what].items()} for what in ("residuals", "warm")}
-        return {**kept, "made": {"sums": int(self._made.numpy())}}
+        return {**merged(self._coders.values()), "made": {"sums": int(self._made.numpy())}}
 
     def load_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Go on from :meth:`state`, also in what is made when the first step is traced."""
@@ -176,6 +175,20 @@ class Buckets:
             with tf.init_scope():  # a variable outlives the graph that is being traced
                 self._exponents[key] = tf.Variable(_UNKNOWN, dtype=tf.int32, trainable=False)
         return self._exponents[key]
+
+
+def make_buckets(
+    codec: str, options: Options, wire: KerasWire, name: str, cap_bytes: float, warm_up: int = 0
+) -> Buckets:
+    """Buckets under a codec, which need not be the one of the options."""
+    rank, ratio = options.powersgd_rank, options.topk_ratio
+    return Buckets(wire, name, codec=codec, rank=rank, ratio=ratio, cap_bytes=cap_bytes, warm_up=warm_up)
+
+
+def merged(parts: Iterable[Coder | Buckets]) -> dict[str, dict[str, Any]]:
+    """What all of them remember between two steps; their names differ."""
+    states = [part.state() for part in parts]
+    return {what: {k: v for state in states for k, v in state[what].items()} for what in ("residuals", "warm")}
 
 
 def _next_exponent(total: tf.Tensor) -> tf.Tensor:

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from hvdlm.adapters.keras_bucket import Buckets
+from hvdlm.adapters.keras_bucket import Buckets, make_buckets
 from hvdlm.adapters.keras_job import Job
 from hvdlm.adapters.keras_reducer import Reducer, tensor_of
 from hvdlm.adapters.keras_state import is_random_state
@@ -55,22 +55,24 @@ class LocalSync:
         cycle = getattr(optimizer, "gradient_accumulation_steps", None) or 1
         self._every = self._options.sync_every * int(cycle)
         codec, cap = self._options.compression.replace("auto", "none"), bucket_cap_bytes
-        settings: dict[str, Any] = {"rank": self._options.powersgd_rank, "ratio": self._options.topk_ratio}
-        self._moves = Buckets(wire, f"hvdlm.local.{name}", codec=codec, cap_bytes=cap, **settings)
+        self._moves = make_buckets(codec, self._options, wire, f"hvdlm.local.{name}", cap)
         self._statistics_moves, self._means = (
-            Buckets(wire, f"hvdlm.local.{name}.{what}", codec="none", cap_bytes=cap, **settings)
+            make_buckets("none", self._options, wire, f"hvdlm.local.{name}.{what}", cap)
             for what in ("statistics", "means")
         )
         self._together = self._options.sync_warmup_steps * int(cycle)
-        self._reducer = Reducer(
-            optimizer,
-            wire=wire,
-            weight=job.weight,
-            options=replace(self._options, compression="none"),
-            bucket_cap_bytes=cap,
-            name=f"{name}.together",
-            weighs_loss=False,
-        )
+        self._reducer: Reducer | None = None
+        if self._together:
+            plain = replace(self._options, compression="none")
+            self._reducer = Reducer(
+                optimizer,
+                wire=wire,
+                weight=job.weight,
+                options=plain,
+                bucket_cap_bytes=cap,
+                name=f"{name}.together",
+                weighs_loss=False,
+            )
         self._starts: dict[int, tuple[Any, tf.Variable]] = {}
         self._velocities: dict[int, tf.Variable] = {}
         self._given: dict[str, Any] = {}
@@ -88,14 +90,14 @@ class LocalSync:
         counts = tf.cast(weight > 0, tf.float64)
         factor = counts if self._options.reduction == "mean" else tf.math.divide_no_nan(counts, weight)
         own = [None if grad is None else _times(grad, factor) for grad in grads]
-        return self._at_first_of_all(own, variables) if self._together else own
+        return own if self._reducer is None else self._at_first_of_all(self._reducer, own, variables)
 
-    def _at_first_of_all(self, own: list[Any], variables: Sequence[Any] | None) -> list[Any]:
+    def _at_first_of_all(self, reducer: Reducer, own: list[Any], variables: Sequence[Any] | None) -> list[Any]:
         used = [i for i, grad in enumerate(own) if grad is not None]
         slices: list[bool] = []
 
         def of_all() -> list[Any]:
-            found = self._reducer.reduce(own, variables)
+            found = reducer.reduce(own, variables)
             slices[:] = [isinstance(found[i], tf.IndexedSlices) for i in used]
             return [found[i] for i in used]
 

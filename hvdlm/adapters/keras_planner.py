@@ -7,21 +7,30 @@ long it computes and waits is timed inside; the choice is made there too, betwee
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from hvdlm.adapters.keras_bucket import Buckets
+from hvdlm.adapters.keras_bucket import Buckets, make_buckets, merged
 from hvdlm.adapters.keras_wire import KerasWire
 from hvdlm.algorithms.comm_model import Load, candidates, choose
 from hvdlm.algorithms.powersgd import thin_elements
 from hvdlm.contracts import Collectives
 from hvdlm.options import Options
-from hvdlm.planning import FIRST_LOOK, LOOK_EVERY, agree_on, allowed_codecs, drifted, measure_link, median
+from hvdlm.planning import (
+    FIRST_LOOK,
+    LOOK_EVERY,
+    agree_on,
+    allowed_codecs,
+    beyond_none,
+    drifted,
+    measure_link,
+    median,
+)
 
 __all__ = ["PlannedBuckets", "buckets_for"]
 
@@ -57,9 +66,6 @@ class PlannedBuckets:
         tell: Called with what was chosen and why; see :meth:`hvdlm.contracts.Recorder.event`.
     """
 
-    coded = True
-    """Whether sums may need gradients whose sizes never change."""
-
     def __init__(
         self,
         wire: KerasWire,
@@ -74,6 +80,7 @@ class PlannedBuckets:
         self._within_host, self._tell = within_host, tell
         self._codecs, self._instead = allowed_codecs(options, within_host, wire.sums_halves)
         self.coded = len(self._codecs) > 1
+        """Whether sums may need gradients whose sizes never change."""
         self._ways: dict[str, Buckets] = {}
         self._load: Load | None = None
         self._costs: dict[str, float] = {}
@@ -109,7 +116,7 @@ class PlannedBuckets:
         # The first sum, and the first after an evaluation, follows what is no step; medians leave that out.
         before = tf.where(self._ended > 0, began - self._ended, 0.0)
         way = tf.cond(
-            look, lambda: tf.ensure_shape(tf.numpy_function(self._look, [turn], tf.int64), []), lambda: self._mode + 0
+            look, lambda: tf.ensure_shape(tf.numpy_function(self._look, [turn], tf.int64), []), self._mode.read_value
         )
         way = tf.where(turn <= early, tf.zeros_like(way), way)
         settling = [ways[i] for i in self._owing]
@@ -137,7 +144,7 @@ class PlannedBuckets:
             self._costs = {codec: cost * load.num_elements for codec, cost in zip(costs, worst, strict=True)}
         self._load = load
         codecs = candidates(self._codecs, load, self._link, self._costs, int(self._cap))
-        self._ways = {c: _buckets(c, options, wire, f"{self._name}.{c}", self._cap) for c in codecs}
+        self._ways = {c: make_buckets(c, options, wire, f"{self._name}.{c}", self._cap) for c in codecs}
         for way in self._ways.values():
             way.load_state(self._given)
         self._decide(0.0)
@@ -162,7 +169,7 @@ class PlannedBuckets:
 
     def _decide(self, compute: float) -> None:
         assert self._load is not None
-        load = Load(**{**vars(self._load), "compute": compute})
+        load = replace(self._load, compute=compute)
         choice = choose(list(self._ways), load, self._link, self._costs, caps=(int(self._cap),))
         reason = self._instead + choice.reason
         self._tell("plan", codec=choice.codec, bucket_mb=round(self._cap / 2**20, 3), reason=reason)
@@ -173,9 +180,7 @@ class PlannedBuckets:
 
     def state(self) -> dict[str, dict[str, Any]]:
         """See :meth:`hvdlm.adapters.keras_bucket.Buckets.state`."""
-        states = [way.state() for way in self._ways.values()]
-        kept = {what: {k: v for state in states for k, v in state[what].items()} for what in ("residuals", "warm")}
-        return {**kept, "made": {"sums": int(self._turns.numpy())}}
+        return {**merged(self._ways.values()), "made": {"sums": int(self._turns.numpy())}}
 
     def load_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Go on from :meth:`state`. The link is another one perhaps: the way is chosen anew."""
@@ -198,26 +203,20 @@ def buckets_for(
     """How gradients travel under these options. Arguments are those of :class:`PlannedBuckets`."""
     if options.compression == "auto":
         return PlannedBuckets(wire, name, options=options, cap_bytes=cap_bytes, within_host=within_host, tell=tell)
-    return _buckets(options.compression, options, wire, name, cap_bytes, options.compression_warmup_steps)
-
-
-def _buckets(codec: str, options: Options, wire: Any, name: str, cap_bytes: float, warm_up: int = 0) -> Buckets:
-    rank, ratio = options.powersgd_rank, options.topk_ratio
-    return Buckets(wire, name, codec=codec, rank=rank, ratio=ratio, cap_bytes=cap_bytes, warm_up=warm_up)
+    return make_buckets(options.compression, options, wire, name, cap_bytes, options.compression_warmup_steps)
 
 
 def _codec_costs(wire: KerasWire, codecs: Sequence[str], options: Options) -> dict[str, float]:
     """Seconds that each codec takes for an element, beyond filling a bucket that travels as it is."""
     gradients = [tf.random.stateless_normal(_TRIAL, [0, i]) for i in range(4)]
-    found = {}
-    for codec in {"none": None, **dict.fromkeys(codecs)}:
-        buckets = _buckets(codec, options, _Alone(wire), f"trial.{codec}", 2.0**30)
+    alone: Any = _Alone(wire)
+
+    def trial(codec: str) -> Callable[[], object]:
+        buckets = make_buckets(codec, options, alone, f"trial.{codec}", 2.0**30)
         # Not jitted, and traced once: as in a step.
-        run = tf.function(lambda buckets=buckets: buckets.sum(gradients, tf.constant(0.5, tf.float64)), autograph=False)
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-        found[codec] = min(times) / sum(int(tf.size(gradient)) for gradient in gradients)
-    return {codec: max(0.0, found[codec] - found["none"]) for codec in codecs}
+        step: Callable[[], object] = tf.function(
+            lambda: buckets.sum(gradients, tf.constant(0.5, tf.float64)), autograph=False
+        )
+        return step
+
+    return beyond_none(codecs, trial, sum(int(tf.size(gradient)) for gradient in gradients))

@@ -163,11 +163,10 @@ class Bucket:
             view.copy_(grad)  # to the wider type first: a weighted half float would round once more
             view.mul_(weight)
 
-    def owe(self, left: Mapping[int, torch.Tensor | None]) -> None:
+    def owe(self, left: Mapping[int, torch.Tensor]) -> None:
         """Send this with the next gradients, by ``id`` of the parameter; what has another shape is dropped."""
-        shapes = {key: self._views[slot.number].shape for key, slot in self._slots.items()}
-        given = {key: left.get(key) for key in shapes}
-        self.owed = {key: own.clone() for key, own in given.items() if own is not None and own.shape == shapes[key]}
+        shapes = {key: self._views[slot.number].shape for key, slot in self._slots.items() if key in left}
+        self.owed = {key: left[key].clone() for key, shape in shapes.items() if left[key].shape == shape}
 
     def _pay(self) -> None:
         """What was owed is on its way, where there was a gradient for it to go with."""

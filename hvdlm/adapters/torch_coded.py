@@ -214,9 +214,11 @@ def restore(
 
     A codec that forgets what it drops sends what another one left, with the next gradient.
     """
+    residuals = state.get("residuals", {})
+    left = {key: residuals[name] for key, name in names.items() if name in residuals}
     for bucket in buckets:
         if not isinstance(bucket, CodedBucket) or bucket.residual() is None:
-            bucket.owe({key: state.get("residuals", {}).get(name) for key, name in names.items()})
+            bucket.owe(left)
             continue
         for part, own in (("residuals", bucket.residuals()), ("warm", bucket.warm())):
             for key, value in own.items():

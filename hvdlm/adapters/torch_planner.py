@@ -18,7 +18,16 @@ from hvdlm.adapters.torch_wire import TorchWire
 from hvdlm.algorithms.comm_model import Choice, Link, Load, choose, why_part
 from hvdlm.algorithms.powersgd import thin_elements
 from hvdlm.options import Options
-from hvdlm.planning import FIRST_LOOK, LOOK_EVERY, agree_on, allowed_codecs, drifted, measure_link, median
+from hvdlm.planning import (
+    FIRST_LOOK,
+    LOOK_EVERY,
+    agree_on,
+    allowed_codecs,
+    beyond_none,
+    drifted,
+    measure_link,
+    median,
+)
 
 __all__ = ["Planner", "codec_costs"]
 
@@ -53,21 +62,21 @@ class _Alone(ReducerWire):
 def codec_costs(wire: TorchWire, codecs: Sequence[str], options: Options) -> dict[str, float]:
     """Seconds that each codec takes for an element, beyond filling a bucket that travels as it is."""
     gradient = torch.randn(_TRIAL)
-    found = {}
-    for codec in {"none", *codecs}:
+
+    def trial(codec: str) -> Callable[[], None]:
         parameters = [torch.nn.Parameter(torch.zeros(_TRIAL)) for _ in range(4)]
         make = bucket_maker(codec, _Alone(wire), rank=options.powersgd_rank, ratio=options.topk_ratio)
         bucket = make("trial", parameters, torch.float32, torch.device("cpu"))
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
+
+        def step() -> None:
             for p in parameters:
                 bucket.fill(p, gradient, 0.5)
             bucket.launch(True)
             bucket.finish()
-            times.append(time.perf_counter() - start)
-        found[codec] = min(times) / (4 * gradient.numel())
-    return {codec: max(0.0, found[codec] - found["none"]) for codec in codecs}
+
+        return step
+
+    return beyond_none(codecs, trial, 4 * gradient.numel())
 
 
 class Planner:

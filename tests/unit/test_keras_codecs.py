@@ -24,26 +24,11 @@ from hvdlm.algorithms.powersgd import powersgd_sum, start
 from hvdlm.options import Options
 from hvdlm.state.snapshot import OWN
 from hvdlm.world import World
+from tests.unit.keras_wire_of_threads import ThreadWire
 
 SHAPES = [(96, 64), (7,), (), (5, 2, 64)]
 LENGTH = sum(int(np.prod(shape)) for shape in SHAPES)
 BLOCKS = ["fp16", "bf16", "int8"]
-
-
-class ThreadWire:
-    sums_halves = False
-
-    def __init__(self, collectives: ThreadCollectives) -> None:
-        self._job, self.rank, self.size = collectives.job, collectives.rank, collectives.job.size
-
-    def sum(self, tensor: Any, name: str) -> Any:
-        return tf.constant(np.sum(self._job.exchange(self.rank, tensor.numpy()), axis=0))
-
-    def exchange(self, tensor: Any, name: str) -> Any:
-        return tf.constant(np.stack([rows[self.rank] for rows in self._job.exchange(self.rank, tensor.numpy())]))
-
-    def gather(self, tensor: Any, name: str) -> Any:
-        return tf.constant(np.concatenate(self._job.exchange(self.rank, tensor.numpy())))
 
 
 class OneWorker:

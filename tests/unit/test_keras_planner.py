@@ -14,32 +14,11 @@ from hvdlm.adapters.fake import FakeJob, ThreadCollectives
 from hvdlm.adapters.keras_planner import PlannedBuckets
 from hvdlm.algorithms.comm_model import Link
 from hvdlm.options import Options
+from tests.unit.keras_wire_of_threads import ThreadWire
 
 FAST, SLOW = Link(1e-5, 5e9), Link(0.001, 1e5)
 SHAPES = [(96, 64), (7,)]
 ONE = tf.constant(1.0, tf.float64)
-
-
-class ThreadWire:
-    sums_halves = False
-
-    def __init__(self, collectives: ThreadCollectives) -> None:
-        self._collectives, self._job, self.rank = collectives, collectives.job, collectives.rank
-        self.size = collectives.job.size
-        self.names: list[str] = []
-
-    def allreduce(self, array: Any, op: Any = "sum") -> Any:
-        return self._collectives.allreduce(array, op)
-
-    def sum(self, tensor: Any, name: str) -> Any:
-        self.names.append(name)
-        return tf.constant(np.sum(self._job.exchange(self.rank, tensor.numpy()), axis=0))
-
-    def exchange(self, tensor: Any, name: str) -> Any:
-        return tf.constant(np.stack([rows[self.rank] for rows in self._job.exchange(self.rank, tensor.numpy())]))
-
-    def gather(self, tensor: Any, name: str) -> Any:
-        return tf.constant(np.concatenate(self._job.exchange(self.rank, tensor.numpy())))
 
 
 class Alone:
@@ -149,8 +128,7 @@ def test_what_a_codec_has_not_sent_is_sent_when_another_takes_over(size: int, mo
 
 
 def test_a_link_that_changes_is_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    fast, slow = Link(1e-5, 5e9), Link(0.001, 1e5)
-    buckets = planned(Alone(), [slow, fast, slow], monkeypatch)
+    buckets = planned(Alone(), [SLOW, FAST, SLOW], monkeypatch)
     waits = iter([1.0, 1.0, 5.0])  # the first look, one that knows what is usual, one that sees another
     monkeypatch.setattr(keras_planner, "median", lambda values: next(seconds))
     seconds = iter(value for wait in waits for value in (1e-4, wait))
